@@ -1,0 +1,310 @@
+"""Scaled dot-product attention for multi-query and grouped heads: one specification, fast backends.
+
+`Attend` holds no parameters. Its einsum path is the specification; its fused path asks PyTorch's
+kernels for the same numbers. Which kernels may run is decided once by `select_backends`, a pure
+function, and never changes the maths.
+
+The rule that peers get wrong: under `causal`, query i sees key j iff j <= i + (k_len - q_len), so a
+query that comes after a key/value cache sees the whole cache. PyTorch's `is_causal` aligns to the
+upper left instead and is therefore used only where q_len == k_len.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, einsum, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+SDP = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+BACKENDS = ("auto", "einsum", *SDP)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backends to try, in order, and why these."""
+
+    backends: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"attention: {' > '.join(self.backends)} ({self.reason})"
+
+
+def select_backends(
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    has_mask: bool = False,
+    has_bias: bool = False,
+    has_dropout: bool = False,
+    torch_version: tuple[int, int] = (2, 11),
+    requested: str = "auto",
+) -> AttentionChoice:
+    """Order the attention backends for a device. Pure: asks nothing of the machine it runs on.
+
+    `capability` is CUDA's (major, minor), None elsewhere. `has_*` say what the run will pass to
+    Attend. ValueError: `requested` is unknown, or cannot run, with the reason.
+    """
+    facts = (device_type, capability or (0, 0), dtype, head_dim)
+    uses = (has_mask, has_bias, has_dropout, torch_version)
+    if requested not in BACKENDS:
+        raise ValueError(f"attention.backend={requested}: expected one of {', '.join(BACKENDS)}")
+    if requested != "auto":
+        if objection := _objection(requested, *facts, *uses):
+            raise ValueError(
+                f"attention.backend={requested} cannot run here: {objection}; use auto"
+            )
+        return AttentionChoice((requested,), "as configured")
+    order, reason = _preference(device_type, capability or (0, 0))
+    able = tuple(name for name in order if _objection(name, *facts, *uses) is None)
+    ruled_out = [f"no {n}: {_objection(n, *facts, *uses)}" for n in order if n not in able]
+    return AttentionChoice(able, "; ".join([reason, *ruled_out]))
+
+
+def _preference(device_type: str, capability: tuple[int, int]) -> tuple[tuple[str, ...], str]:
+    """Fastest first. H100, bf16, causal MQA [16,16,2048,64], forward + backward, measured:
+    cuDNN 1.50 ms, flash 2.34, memory-efficient 5.09, einsum 23.6."""
+    if device_type == "cpu":
+        return ("flash", "math"), "CPU: what PyTorch fuses there"
+    if device_type != "cuda":
+        return ("math",), f"{device_type}: only the portable kernel is known to hold there"
+    name = f"sm_{capability[0]}{capability[1]}"
+    if capability[0] in (9, 10):
+        return ("cudnn", "flash", "efficient", "math"), f"{name}: cuDNN's kernel is the fastest"
+    if capability[0] >= 8:
+        return ("flash", "cudnn", "efficient", "math"), f"{name}: flash is the fastest"
+    return ("efficient", "math"), f"{name}: older than the flash kernels"
+
+
+def _objection(
+    backend: str,
+    device_type: str,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    has_mask: bool,
+    has_bias: bool,
+    has_dropout: bool,
+    torch_version: tuple[int, int],
+) -> str | None:
+    """Why `backend` cannot run, or None."""
+    if backend in ("einsum", "math"):
+        return None
+    if device_type == "cpu" and backend == "flash":
+        if has_dropout:
+            return "the CPU kernel has no dropout"
+        return "the CPU kernel has no gradient for a bias" if has_bias else None
+    if device_type != "cuda":
+        return f"it needs CUDA, this is {device_type}"
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return "bf16 needs compute capability 8.0"
+    if backend == "efficient":
+        return None if capability >= (5, 0) else "it needs compute capability 5.0"
+    if dtype not in HALF:
+        return f"it needs fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
+    if capability < (8, 0):
+        return "it needs compute capability 8.0"
+    if backend == "flash":
+        if has_mask or has_bias:
+            return f"it takes no {'mask' if has_mask else 'bias'}"
+        return "head_dim is over 256" if head_dim > 256 else None
+    if torch_version < (2, 5):
+        return "cuDNN attention needs torch 2.5"
+    if has_bias:
+        return "it has no gradient for a bias"
+    return "head_dim must be a multiple of 8 up to 128" if head_dim % 8 or head_dim > 128 else None
+
+
+class Attend(nn.Module):
+    """softmax(q k^T / sqrt(d) + attn_bias) v over the keys each query may see.
+
+    Args:
+        dropout: probability of dropping an attention weight, in training mode only.
+        causal: query i sees key j iff j <= i + (k_len - q_len).
+        flash: False = einsum, the specification; True = PyTorch's fused kernels, same maths.
+        choice: what `select_backends` resolved at start-up; None resolves at the first call.
+    """
+
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        causal: bool = False,
+        flash: bool = False,
+        choice: AttentionChoice | None = None,
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.causal = causal
+        self.flash = flash
+        self.choice = choice
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+    ) -> Tensor:
+        """q [b,h,i,d]; k, v [b,j,d] (one head shared by all) or [b,g,j,d], g dividing h.
+
+        mask [b,j], True = may be attended; attn_bias broadcastable to [b,h,i,j], added to the
+        scaled scores. Returns [b,h,i,d]. A query with nothing to attend gets zeros.
+        """
+        if k.ndim == 3:
+            k, v = (rearrange(t, "b j d -> b 1 j d") for t in (k, v))
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads")
+        attend = self._fused if self.flash else self._einsum
+        return attend(q, k, v, mask, attn_bias)
+
+    def _einsum(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+    ) -> Tensor:
+        g, scale = k.shape[1], q.shape[-1] ** -0.5
+        q = rearrange(q, "b (g r) i d -> b g r i d", g=g)  # r query heads share each k/v head
+        scores = einsum("b g r i d, b g j d -> b g r i j", q, k) * scale
+        scores = rearrange(scores, "b g r i j -> b (g r) i j").float()
+        if attn_bias is not None:
+            scores = scores + attn_bias
+        allowed = _allowed(q, k, self.causal, mask, attn_bias)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        if allowed is not None:  # also turns a row with nothing to attend into zeros
+            weights = weights.masked_fill(~allowed, 0.0)
+        weights = F.dropout(weights, self.dropout, self.training).to(v.dtype)
+        weights = rearrange(weights, "b (g r) i j -> b g r i j", g=g)
+        out = einsum("b g r i j, b g j d -> b g r i d", weights, v)
+        return rearrange(out, "b g r i d -> b (g r) i d")
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+    ) -> Tensor:
+        backends = self._backends(q, mask, attn_bias)
+        b, h, i, _ = q.shape
+        g, j = k.shape[1], k.shape[2]
+        causal = self.causal and i > 1  # a single last query sees every key
+        # Two ways to share keys without repeating them: heads as rows of one product (reads k and v
+        # once; the math kernel would copy views), or stride-0 views, which the others read as is.
+        as_rows = g < h and (i == 1 or backends[0] == "math")
+        options = {"dropout_p": self.dropout if self.training else 0.0}
+        attn_mask = alive = None
+        if mask is None and attn_bias is None and (not causal or (i == j and not as_rows)):
+            options["is_causal"] = causal
+        elif mask is None and attn_bias is None and i < j and _has_lower_right(backends, q):
+            options["attn_mask"] = causal_lower_right(i, j)
+        else:
+            attn_mask, alive = _explicit_mask(q, k, causal, mask, attn_bias)
+        if g < h:
+            share = _heads_as_rows if as_rows else _heads_as_views
+            q, k, v, attn_mask = share(q, k, v, attn_mask)
+        if attn_mask is not None:
+            options["attn_mask"] = attn_mask
+        with sdpa_kernel([SDP[name] for name in backends], set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, **options)
+        out = out.reshape(b, h, i, -1)  # [b,g,(r i),d] or [(b g),r,i,d] -> [b,h,i,d]
+        return out if alive is None else out.masked_fill(~alive, 0.0)
+
+    def _backends(
+        self, q: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+    ) -> tuple[str, ...]:
+        """The resolved order, less what this call rules out."""
+        if self.choice is None:
+            self.choice = resolve(q.device, q.dtype, q.shape[-1], has_dropout=self.dropout > 0)
+        backends = self.choice.backends
+        if len(backends) > 1 and q.shape[2] == 1:
+            # A decode step has a new k_len each time; cuDNN would build a new plan for each.
+            backends = tuple(name for name in backends if name != "cudnn")
+        if backends == ("flash",) and q.is_cuda and (mask is not None or attn_bias is not None):
+            raise ValueError(
+                "attention.backend=flash takes no mask or bias, this call has one; use auto"
+            )
+        return backends
+
+
+def resolve(
+    device: torch.device, dtype: torch.dtype, head_dim: int, requested: str = "auto", **uses: bool
+) -> AttentionChoice:
+    """`select_backends` for the machine at hand; `uses`: has_mask, has_bias, has_dropout."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return select_backends(
+        device.type, capability, dtype, head_dim, torch_version=version, requested=requested, **uses
+    )
+
+
+Shared = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _heads_as_rows(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Shared:
+    """The r heads that share keys become query rows: q [b,h,i,d] -> [b,g,(r i),d], mask alike."""
+    g, r = k.shape[1], q.shape[1] // k.shape[1]
+    q = rearrange(q, "b (g r) i d -> b g (r i) d", g=g)
+    if attn_mask is not None and attn_mask.shape[1] == 1:
+        attn_mask = repeat(attn_mask, "b 1 i j -> b 1 (r i) j", r=r)
+    elif attn_mask is not None:
+        attn_mask = rearrange(attn_mask, "b (g r) i j -> b g (r i) j", g=g)
+    return q, k, v, attn_mask
+
+
+def _heads_as_views(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Shared:
+    """k, v [b,g,j,d] -> [(b g),r,j,d] with stride 0 over r; q and mask follow as [(b g),r,i,.]."""
+    b, h = q.shape[:2]
+    g, r = k.shape[1], h // k.shape[1]
+    q = rearrange(q, "b (g r) i d -> (b g) r i d", g=g)
+    k, v = (t.reshape(b * g, 1, *t.shape[2:]).expand(b * g, r, *t.shape[2:]) for t in (k, v))
+    if attn_mask is not None and g > 1:
+        attn_mask = attn_mask.expand(b, h if attn_mask.shape[1] == h else g, -1, -1)
+        attn_mask = rearrange(attn_mask, "b (g r) i j -> (b g) r i j", g=g)
+    return q, k, v, attn_mask
+
+
+def _has_lower_right(backends: tuple[str, ...], q: Tensor) -> bool:
+    return q.is_cuda and not {"flash", "efficient"}.isdisjoint(backends)
+
+
+def _allowed(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, attn_bias: Tensor | None
+) -> Tensor | None:
+    """Which pairs may attend: bool, broadcastable to [b,h,i,j]; None = all of them."""
+    i, j = q.shape[-2], k.shape[-2]
+    allowed = None
+    if causal:
+        allowed = torch.ones(i, j, dtype=torch.bool, device=q.device).tril(j - i)[None, None]
+    if mask is not None:
+        keys = rearrange(mask, "b j -> b 1 1 j")
+        allowed = keys if allowed is None else allowed & keys
+    if attn_bias is not None:
+        finite = ~torch.isneginf(attn_bias)
+        finite = finite.expand(*[1] * (4 - finite.ndim), *finite.shape)
+        allowed = finite if allowed is None else allowed & finite
+    return allowed
+
+
+def _explicit_mask(
+    q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, attn_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(attn_mask for SDPA [b|1,h|1,i,j], alive [b|1,h|1,i,1]).
+
+    Kernels disagree on rows with nothing to attend (zeros or NaN), so such rows attend everything
+    here and the caller zeroes them: no kernel ever sees one, forward or backward.
+    """
+    allowed = _allowed(q, k, causal, mask, attn_bias)
+    allowed = allowed.expand(*allowed.shape[:2], q.shape[2], k.shape[2])
+    alive = allowed.any(dim=-1, keepdim=True)
+    if attn_bias is None:
+        return allowed | ~alive, alive
+    bias = attn_bias.to(q.dtype).masked_fill(~allowed, float("-inf"))
+    return bias.masked_fill(~alive, 0.0), alive
