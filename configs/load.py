@@ -1,0 +1,69 @@
+"""schema <- YAML <- command line: one function that merges them and one that saves the result."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.files import atomic_write
+
+Config = TypeVar("Config")
+
+
+def load_config(
+    schema: type[Config], path: str | Path | None = None, overrides: list[str] | None = None
+) -> Config:
+    """Merge the schema's defaults, the YAML file at `path` and dotted overrides (`optim.lr=1e-3`).
+
+    Returns an instance of the frozen dataclass `schema`. Unknown keys, wrong types and unreadable
+    files raise ValueError naming the file (or "command line") and the key, with a suggestion where
+    one is close.
+    """
+    merged = OmegaConf.structured(schema)
+    sources = [] if path is None else [(str(path), lambda: _read_yaml(Path(path)))]
+    sources += [(f"command line: {o}", lambda o=o: _parse_override(o)) for o in overrides or []]
+    for name, read in sources:
+        try:
+            merged = OmegaConf.merge(merged, read())
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{name}: {_first_lines(error)}") from None
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a required key that nobody set
+        raise ValueError(f"{path or 'configuration'}: {_first_lines(error)}") from None
+
+
+def save_config(config: object, path: str | Path) -> None:
+    """Write the resolved config as YAML; `load_config(type(config), path)` gives it back."""
+    with atomic_write(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _read_yaml(path: Path) -> object:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        hint = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ValueError(f"{path}: no such config file{hint}")
+    try:
+        loaded = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(loaded):
+        raise ValueError(f"{path}: expected `key: value` lines at the top level")
+    return loaded
+
+
+def _parse_override(override: str) -> object:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"command line: {override!r} is not of the form section.key=value")
+    return OmegaConf.from_dotlist([override])
+
+
+def _first_lines(error: OmegaConfBaseException) -> str:
+    """OmegaConf's own sentence plus the full dotted key, without its type listing."""
+    sentence = str(error).splitlines()[0].rstrip(".")
+    key = getattr(error, "full_key", None)
+    return f"{sentence} (key: {key})" if key else sentence

@@ -1,0 +1,87 @@
+"""What a training run can be told: every key of every YAML in configs/, with its default."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer. Small by default: 33 M parameters at dim 512, 8 layers... of any stage."""
+
+    dim: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    head_dim: int = 64
+    num_kv_heads: int = 1  # 1 = multi-query; num_heads = multi-head
+    ff_dim: int | None = None  # gated feed-forward width; None = 8/3 dim, rounded up to 64
+    qk_norm: bool = False  # RMSNorm on queries and keys: steadier at high learning rates
+    dropout: float = 0.0  # on attention weights and on both residual branches
+    rotary_base: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Which kernel computes attention; never what it computes."""
+
+    backend: Literal["auto", "einsum", "math", "efficient", "flash", "cudnn"] = "auto"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    tokens: str = MISSING  # a folder written by scripts.prepare
+    crop_seconds: float = 10.0  # longest stretch of a recording in one sequence = the context
+    collapse_semantic: bool = False  # drop repeats of semantic tokens (timing becomes the model's)
+    num_workers: int = 0  # loader processes; 0 reads in the training process
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # on matrices; never on norms and embeddings
+    warmup_steps: int = 200
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay at the end
+    decay_share: float = 0.2  # wsd only: the last share of the steps
+    min_lr_share: float = 0.1  # the learning rate at the end, as a share of lr
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999  # averaged weights, used for validation and sampling; 0 turns it off
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 5000
+    batch_size: int = 32  # clips per optimiser step, over all processes and micro-batches
+    num_micro_batches: int = 1  # gradient accumulation: same result, less memory
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the GPU has it
+    compile: bool = False  # torch.compile the transformer: slower to start, then faster
+    seed: int = 0
+    log_every: int = 20
+    valid_every: int = 500
+    save_every: int = 500
+    num_kept: int = 2  # newest checkpoints kept, besides the best one
+    sample_every: int = 0  # write samples at fixed seeds every n steps; 0 = never
+    num_samples: int = 2
+    sample_seconds: float = 4.0
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["off", "online", "offline"] = "off"
+    project: str = "mini-audiolm"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One stage's training run."""
+
+    stage: Literal["semantic", "coarse", "fine", "acoustic"] = MISSING
+    out: str = MISSING  # the run folder
+    num_coarse: int = 3  # codebooks of the coarse stage; the fine stage takes the rest
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
