@@ -1,0 +1,198 @@
+"""Token streams <-> the sequence a stage is trained on. Integers only; no model, no floats.
+
+Every stream is a matrix codes [K,T]; semantic tokens are the case K = 1. A sequence is
+
+    condition, read frame by frame | START or MIDDLE | target codes, by pattern | (EOS)
+
+and each of its places holds S slots (ids [N,S]; S = 1 for `flatten`, S = K for `delay`):
+
+    flatten (AudioLM)   c00 c10 c20 c01 c11 c21 ...      K places a frame, one slot
+    delay (MusicGen)    c00 c01 c02 c03 ...              one place a frame, K slots,
+                         .  c10 c11 c12 ...              codebook k delayed by k places
+
+START says that the target begins where its recording begins, MIDDLE that it does not; EOS follows
+the last frame only where the recording ends. Input ids are global: every special and every code of
+every codebook has an id of its own. Targets are local to the head that predicts them: head k has
+classes 0..size-1, and head 0 one more, EOS.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PAD, START, MIDDLE, EOS = 0, 1, 2, 3
+NUM_SPECIALS = 4
+IGNORE = -1  # a target nobody predicts
+
+Pattern = Literal["flatten", "delay"]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of laid-out clips, padded on the right.
+
+    ids [B,N,S] global input ids. For head k, `places[k]` [M_k] are the places, counted over the
+    flattened [B*N], whose next token head k predicts, and `targets[k]` [M_k] its local classes.
+    """
+
+    ids: Tensor
+    places: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...]
+
+    @property
+    def num_targets(self) -> int:
+        return sum(t.numel() for t in self.targets)
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=True)
+
+        return Sequences(
+            move(self.ids), tuple(map(move, self.places)), tuple(map(move, self.targets))
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which streams a stage reads (`condition_sizes`) and writes (`target_sizes`), and how.
+
+    Sizes are codebook sizes, one per codebook; an empty condition is allowed.
+    """
+
+    condition_sizes: tuple[int, ...]
+    target_sizes: tuple[int, ...]
+    pattern: Pattern = "flatten"
+
+    @property
+    def num_codebooks(self) -> int:
+        return len(self.target_sizes)
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_codebooks if self.pattern == "delay" else 1
+
+    @property
+    def num_ids(self) -> int:
+        return NUM_SPECIALS + sum(self.condition_sizes) + sum(self.target_sizes)
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Classes per head: the codebook's, and EOS for head 0."""
+        return (self.target_sizes[0] + 1, *self.target_sizes[1:])
+
+    @property
+    def eos(self) -> int:
+        """EOS as a local class of head 0."""
+        return self.target_sizes[0]
+
+    def _ids(self, codes: Tensor, sizes: tuple[int, ...], first: int) -> Tensor:
+        """Local codes [K,T] -> global ids [K,T]; the streams' id ranges follow one another."""
+        assert codes.shape[0] == len(sizes), f"{codes.shape[0]} codebooks, expected {len(sizes)}"
+        offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)[:, None]  # [K,1]
+        return codes + offsets + first
+
+    def condition_ids(self, condition: Tensor) -> Tensor:
+        """condition [K_c,T_c] -> ids [T_c*K_c], frame by frame."""
+        if not self.condition_sizes:
+            return torch.empty(0, dtype=torch.long)
+        ids = self._ids(condition, self.condition_sizes, NUM_SPECIALS)
+        return ids.T.reshape(-1)  # [K_c,T_c] -> [T_c,K_c] -> [T_c*K_c]
+
+    def target_ids(self, codes: Tensor) -> Tensor:
+        """codes [K,T] -> global ids [K,T]."""
+        return self._ids(codes, self.target_sizes, NUM_SPECIALS + sum(self.condition_sizes))
+
+    def num_steps(self, num_frames: int) -> int:
+        """Places that `num_frames` whole frames take."""
+        if self.pattern == "flatten":
+            return num_frames * self.num_codebooks
+        return num_frames + self.num_codebooks - 1
+
+    def spread(self, codes: Tensor, empty: int, num_steps: int) -> Tensor:
+        """Lay codes [K,T] out by the pattern: [num_steps,S], `empty` where no code belongs."""
+        K, T = codes.shape
+        if self.pattern == "flatten":
+            steps = codes.T.reshape(-1, 1)  # [K,T] -> [T,K] -> [T*K,1]
+            out = codes.new_full((max(num_steps, T * K), 1), empty)
+            out[: T * K] = steps
+        else:
+            out = codes.new_full((max(num_steps, T + K - 1), K), empty)
+            for k in range(K):
+                out[k : k + T, k] = codes[k]
+        return out[:num_steps]
+
+    def gather(self, steps: Tensor, num_frames: int) -> Tensor:
+        """The inverse of `spread`: steps [N,S] -> codes [K,num_frames]."""
+        K = self.num_codebooks
+        if self.pattern == "flatten":
+            return steps[: num_frames * K, 0].reshape(num_frames, K).T  # [T*K] -> [T,K] -> [K,T]
+        return torch.stack([steps[k : k + num_frames, k] for k in range(K)])
+
+    def prefix(self, condition: Tensor | None, starts: bool) -> Tensor:
+        """Everything before the first target: ids [N_c+1,S], the condition in slot 0."""
+        before = [] if condition is None else [self.condition_ids(condition)]
+        ids = torch.cat([*before, torch.tensor([START if starts else MIDDLE])])
+        out = torch.full((len(ids), self.num_slots), PAD)
+        out[:, 0] = ids
+        return out
+
+    def encode(
+        self, condition: Tensor | None, codes: Tensor, starts: bool, ends: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One clip -> (input ids [N,S], targets [N,K]): targets[n, k] is head k's local class for
+        the token after place n, IGNORE where there is none.
+
+        A crop that does not reach its recording's end gets no EOS; under `delay` it also ends at
+        its last complete input, since what follows is unknown rather than empty.
+        """
+        K, T = codes.shape
+        if self.pattern == "flatten":
+            num_steps = K * T + ends
+        else:
+            num_steps = max(T + K - 1, T + 1) if ends else T
+        prefix = self.prefix(condition, starts)
+        local = self.spread(codes, IGNORE, num_steps)  # [steps,S]
+        if ends:
+            local[K * T if self.pattern == "flatten" else T, 0] = self.eos
+        inputs = self.spread(self.target_ids(codes), PAD, num_steps - 1)
+        ids = torch.cat([prefix, inputs])
+        targets = torch.full((len(ids), K), IGNORE)
+        first = len(prefix) - 1  # the place of START or MIDDLE predicts step 0
+        if self.pattern == "flatten":
+            step = torch.arange(num_steps)
+            targets[first + step, step % K] = local[:, 0]
+        else:
+            targets[first:] = local
+        return ids, targets
+
+    def collate(self, encoded: list[tuple[Tensor, Tensor]]) -> Sequences:
+        """Pad encoded clips on the right and list, per head, what is to be predicted."""
+        N = max(len(ids) for ids, _ in encoded)
+        ids = torch.full((len(encoded), N, self.num_slots), PAD)
+        targets = torch.full((len(encoded), N, self.num_codebooks), IGNORE)
+        for row, (clip_ids, clip_targets) in enumerate(encoded):
+            ids[row, : len(clip_ids)] = clip_ids
+            targets[row, : len(clip_targets)] = clip_targets
+        flat = targets.reshape(-1, self.num_codebooks)  # [B,N,K] -> [B*N,K]
+        places = tuple((flat[:, k] != IGNORE).nonzero()[:, 0] for k in range(self.num_codebooks))
+        return Sequences(ids, places, tuple(flat[p, k] for k, p in enumerate(places)))
+
+    def decode(self, ids: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor, bool, bool]:
+        """The inverse of `encode`, for clips that end: (condition, codes, starts, ends)."""
+        first = int(((ids[:, 0] == START) | (ids[:, 0] == MIDDLE)).nonzero()[0])
+        condition = None
+        if self.condition_sizes:
+            K_c = len(self.condition_sizes)
+            flat = ids[:first, 0].reshape(-1, K_c).T  # [T_c*K_c] -> [T_c,K_c] -> [K_c,T_c]
+            condition = flat - self._ids(torch.zeros_like(flat), self.condition_sizes, NUM_SPECIALS)
+        local = targets[first:]
+        if self.pattern == "flatten":
+            local = local.max(dim=-1, keepdim=True).values  # the one head that is not IGNORE
+        ended = (local[:, 0] == self.eos) & (targets[first:, 0] == self.eos)
+        ends = bool(ended.any())
+        steps = int(ended.nonzero()[0]) if ends else len(local)
+        num_frames = steps // self.num_codebooks if self.pattern == "flatten" else steps
+        starts = bool(ids[first, 0] == START)
+        return condition, self.gather(local, num_frames), starts, ends

@@ -1,0 +1,259 @@
+"""From a trained stage to codes: filter the logits, draw, append, until EOS.
+
+Every clip draws from a generator of its own, seeded by its own seed, one uniform number per step
+and slot; so a clip does not depend on what else is in its batch.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.layouts import IGNORE, PAD
+from model.stages import Stage
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw from logits. temperature 0 takes the most likely class; 0 turns top_k off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {rule}")
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """logits [..,C] -> logits / temperature with every class that is ruled out at -inf.
+
+    top_k keeps the k best; top_p the smallest set of the best whose probability reaches p
+    (Holtzman et al. 2020); min_p those at least min_p times as likely as the best (Nguyen et al.
+    2024). Ties at a threshold are kept.
+    """
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if sampling.top_p < 1:
+        ordered = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.values.cumsum(dim=-1) - ordered.values  # mass of the better classes
+        drop = (before >= sampling.top_p).scatter(-1, ordered.indices, before >= sampling.top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    if sampling.min_p > 0:
+        probs = logits.softmax(dim=-1)
+        least = sampling.min_p * probs.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probs < least, float("-inf"))
+    return logits
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """logits [B,C], uniform [B] in [0, 1) -> classes [B], by inverting the cumulative sum."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    cumulative = filter_logits(logits, sampling).softmax(dim=-1).cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    # <= skips classes of probability 0 even at uniform = 0
+    return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+EMPTY = -2  # a slot where no code belongs: before the first frame or after the last (`delay`)
+
+
+def generate(
+    stage: Stage,
+    conditions: list[Tensor | None],
+    prompts: list[Tensor],
+    max_frames: list[int],
+    seeds: list[int],
+    sampling: Sampling,
+    starts: list[bool] | None = None,
+    use_cache: bool = True,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Continue each prompt [K,P] (P may be 0) until its own EOS or its `max_frames`.
+
+    conditions: [K_c,T_c] each, or None for a stage without one; starts[n]: row n begins where its
+    recording begins. Returns codes [K,T_n], prompt included, P <= T_n <= max_frames (at least one
+    frame). `use_cache=False` feeds the whole sequence through the model at every step: slow, plain,
+    the specification of the other. `on_step(j, num_steps)` is told about progress.
+    """
+    layout, device = stage.layout, stage.embed.weight.device
+    K, B = layout.num_codebooks, len(prompts)
+    prompt_frames = torch.tensor([prompt.shape[1] for prompt in prompts], device=device)
+    num_frames = torch.tensor(max_frames, device=device).clamp(min=prompt_frames)  # shrinks at EOS
+    row_steps = [
+        layout.num_steps(int(total)) - _whole_steps(stage, prompt)
+        for total, prompt in zip(num_frames, prompts, strict=True)
+    ]
+    num_steps = max(row_steps)
+    ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * B, num_steps)
+    known = torch.stack([_known(stage, prompt, num_steps) for prompt in prompts]).to(device)
+    uniform = _uniform(seeds, row_steps, layout.num_slots).to(device)
+    out = torch.full((B, num_steps, layout.num_slots), EMPTY, device=device)
+    length = ids.shape[1]
+    cache = stage.transformer.make_cache(B, length + num_steps) if use_cache else None
+    fresh = ids
+    for j in range(num_steps):
+        seen = None if mask is None else mask[:, : length + j]
+        hidden = stage.hidden(fresh if use_cache else ids, seen, cache)[:, -1]  # [B,dim]
+        for slot in range(layout.num_slots):
+            head = j % K if layout.pattern == "flatten" else slot
+            frame = prompt_frames + (j // K if layout.pattern == "flatten" else j - slot)
+            logits = stage.heads[head](hidden)
+            if head == 0:  # a clip has at least one frame
+                logits[:, layout.eos].masked_fill_(frame == 0, float("-inf"))
+            code = draw(logits, uniform[:, j, slot], sampling)
+            code = torch.where(known[:, j, slot] == IGNORE, code, known[:, j, slot])
+            if head == 0:
+                ended = (code == layout.eos) & (frame < num_frames)
+                num_frames = torch.where(ended, frame, num_frames)
+            out[:, j, slot] = code.masked_fill((frame < 0) | (frame >= num_frames), EMPTY)
+        if on_step is not None:
+            on_step(j + 1, num_steps)
+        last = prompt_frames + ((j + 1) // K if layout.pattern == "flatten" else j + 2 - K)
+        if bool((last >= num_frames).all()):
+            break
+        fresh = _to_ids(stage, out[:, j : j + 1], j)
+        ids = torch.cat([ids, fresh], dim=1) if not use_cache else ids
+    return [
+        _finish(stage, prompt, steps, int(total))
+        for prompt, steps, total in zip(prompts, out.cpu(), num_frames, strict=True)
+    ]
+
+
+def generate_windows(
+    stage: Stage,
+    condition_of: Callable[[int, int, int], Tensor | None],
+    prompts: list[Tensor],
+    max_frames: list[int],
+    seeds: list[int],
+    sampling: Sampling,
+    window: int,
+    overlap: int,
+    on_frames: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """`generate` beyond the trained context: windows of `window` frames, of which the first
+    `overlap` repeat the end of what is there, until EOS or max_frames.
+
+    `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
+    `on_frames(n)` is told how many frames (summed over rows) are new.
+    """
+    assert 0 <= overlap < window
+    codes, active = list(prompts), [n for n, p in enumerate(prompts) if p.shape[1] < max_frames[n]]
+    while active:
+        begins = [_window_begin(codes[n].shape[1], window, overlap) for n in active]
+        ends = [min(a + window, max_frames[n]) for n, a in zip(active, begins, strict=True)]
+        made = generate(
+            stage,
+            [condition_of(n, a, b) for n, a, b in zip(active, begins, ends, strict=True)],
+            [codes[n][:, a:] for n, a in zip(active, begins, strict=True)],
+            [b - a for a, b in zip(begins, ends, strict=True)],
+            [_mix(seeds[n], a) for n, a in zip(active, begins, strict=True)],
+            sampling,
+            [a == 0 for a in begins],
+        )
+        still = []
+        for n, a, b, clip in zip(active, begins, ends, made, strict=True):
+            if on_frames is not None:
+                on_frames(a + clip.shape[1] - codes[n].shape[1])
+            codes[n] = torch.cat([codes[n][:, :a], clip], dim=1)
+            if codes[n].shape[1] == b < max_frames[n]:  # no EOS, and more is wanted
+                still.append(n)
+        active = still
+    return codes
+
+
+def _window_begin(num_frames: int, window: int, overlap: int) -> int:
+    """Where the next window begins, when `num_frames` are there: at 0 while they fit."""
+    return 0 if num_frames < window else num_frames - overlap
+
+
+def _mix(seed: int, salt: int) -> int:
+    """A seed for each (clip, window): 63 bits of a hash, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}/{salt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _uniform(seeds: list[int], row_steps: list[int], num_slots: int) -> Tensor:
+    """[B,steps,S] numbers in [0, 1); row n's come from its seed alone."""
+    out = torch.zeros(len(seeds), max(row_steps), num_slots)
+    for n, (seed, steps) in enumerate(zip(seeds, row_steps, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        out[n, :steps] = torch.rand(steps, num_slots, generator=generator)
+    return out
+
+
+def _whole_steps(stage: Stage, prompt: Tensor) -> int:
+    """Places whose every slot the prompt [K,P] fixes."""
+    per_frame = stage.layout.num_codebooks if stage.layout.pattern == "flatten" else 1
+    return prompt.shape[1] * per_frame
+
+
+def _pad_left(
+    stage: Stage,
+    conditions: list[Tensor | None],
+    prompts: list[Tensor],
+    starts: list[bool],
+    num_steps: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Ragged prompts as ids [B,N,S], padded on the left so that all go on at place N, and the mask
+    [B,N+num_steps] of real places; None when no row is padded."""
+    layout, device = stage.layout, stage.embed.weight.device
+    rows = [
+        torch.cat(
+            [
+                layout.prefix(condition, start),
+                layout.spread(layout.target_ids(prompt), PAD, _whole_steps(stage, prompt)),
+            ]
+        )
+        for condition, prompt, start in zip(conditions, prompts, starts, strict=True)
+    ]
+    N = max(len(row) for row in rows)
+    ids = torch.full((len(rows), N, layout.num_slots), PAD)
+    mask = torch.ones(len(rows), N + num_steps, dtype=torch.bool)
+    for n, row in enumerate(rows):
+        ids[n, N - len(row) :] = row
+        mask[n, : N - len(row)] = False
+    return ids.to(device), None if mask.all() else mask.to(device)
+
+
+def _known(stage: Stage, prompt: Tensor, num_steps: int) -> Tensor:
+    """What the prompt [K,P] fixes of the steps to come: [steps,S], IGNORE where it is silent.
+
+    Under `delay`, step j holds frame P + j - k in slot k, which the prompt still has while j < k.
+    """
+    known = torch.full((num_steps, stage.layout.num_slots), IGNORE)
+    if stage.layout.pattern == "delay":
+        P = prompt.shape[1]
+        for k in range(1, stage.layout.num_codebooks):
+            for j in range(min(k, num_steps)):
+                known[j, k] = prompt[k, P + j - k] if P + j >= k else EMPTY
+    return known
+
+
+def _to_ids(stage: Stage, codes: Tensor, step: int) -> Tensor:
+    """Drawn codes [B,1,S] of one step -> the next input ids [B,1,S]."""
+    layout = stage.layout
+    offsets = layout.target_ids(torch.zeros(layout.num_codebooks, 1, dtype=torch.long))[:, 0]
+    if layout.pattern == "flatten":
+        offsets = offsets[step % layout.num_codebooks][None]
+    ids = codes + offsets.to(codes.device)
+    return ids.masked_fill(codes < 0, PAD)
+
+
+def _finish(stage: Stage, prompt: Tensor, steps: Tensor, num_frames: int) -> Tensor:
+    """Prompt [K,P] and the steps drawn after it [N,S] -> codes [K,num_frames]."""
+    before = stage.layout.spread(prompt.cpu(), EMPTY, _whole_steps(stage, prompt))
+    return stage.layout.gather(torch.cat([before, steps]), num_frames)

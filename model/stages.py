@@ -1,0 +1,125 @@
+"""The stages of AudioLM: one wrapper around one transformer, told apart by layout alone.
+
+stage      reads                  writes                          pattern
+semantic   nothing                semantic tokens                 flatten
+coarse     semantic tokens        the first num_coarse codebooks  flatten
+fine       the coarse codebooks   the other codebooks             flatten
+acoustic   semantic tokens        all codebooks                   delay
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import ModelConfig
+from model.attend import AttentionChoice
+from model.kv_cache import KVCache
+from model.layouts import PAD, Layout, Sequences
+from model.transformer import Transformer
+
+STAGES = ("semantic", "coarse", "fine", "acoustic")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage over given tokenizers. `codebooks` is the range of codec codebooks it writes."""
+
+    name: str
+    num_semantic: int
+    codebook_size: int
+    codebooks: tuple[int, int]
+    layout: Layout
+
+    @property
+    def codebook_names(self) -> list[str]:
+        """For logs: one name per head."""
+        return (
+            ["semantic"] if self.name == "semantic" else [f"c{k}" for k in range(*self.codebooks)]
+        )
+
+    def streams(self, semantic: Tensor, codes: Tensor) -> tuple[Tensor | None, Tensor]:
+        """semantic [T_s], codes [K,T] of one clip -> (condition [K_c,T_c] or None, target)."""
+        first, last = self.codebooks
+        if self.name == "semantic":
+            return None, semantic[None]
+        condition = codes[:first] if self.name == "fine" else semantic[None]
+        return condition, codes[first:last]
+
+
+def stage_spec(
+    name: str, num_semantic: int, num_codebooks: int, codebook_size: int, num_coarse: int
+) -> StageSpec:
+    """The spec of stage `name`. ValueError: unknown name, or num_coarse leaves a stage empty."""
+    if name not in STAGES:
+        raise ValueError(f"stage={name}: expected one of {', '.join(STAGES)}")
+    if name in ("coarse", "fine") and not 0 < num_coarse < num_codebooks:
+        raise ValueError(
+            f"num_coarse={num_coarse} must be between 1 and {num_codebooks - 1}: "
+            f"the codec has {num_codebooks} codebooks and both stages need some"
+        )
+    coarse = (codebook_size,) * num_coarse
+    fine = (codebook_size,) * (num_codebooks - num_coarse)
+    layout, codebooks = {
+        "semantic": (Layout((), (num_semantic,)), (0, 0)),
+        "coarse": (Layout((num_semantic,), coarse), (0, num_coarse)),
+        "fine": (Layout(coarse, fine), (num_coarse, num_codebooks)),
+        "acoustic": (Layout((num_semantic,), coarse + fine, "delay"), (0, num_codebooks)),
+    }[name]
+    return StageSpec(name, num_semantic, codebook_size, codebooks, layout)
+
+
+class Stage(nn.Module):
+    """Embedding -> transformer -> one head per codebook.
+
+    | parameter | initialised from                                          |
+    |-----------|-----------------------------------------------------------|
+    | embed     | normal(0, 0.02), PAD's row 0; a place's slots are summed  |
+    | heads     | normal(0, 0.02): the first loss is close to uniform       |
+    """
+
+    def __init__(
+        self, spec: StageSpec, config: ModelConfig, attention: AttentionChoice | None = None
+    ):
+        super().__init__()
+        self.spec, self.layout = spec, spec.layout
+        self.embed = nn.Embedding(self.layout.num_ids, config.dim, padding_idx=PAD)
+        self.transformer = Transformer(config, attention)
+        self.heads = nn.ModuleList(
+            nn.Linear(config.dim, size, bias=False) for size in self.layout.head_sizes
+        )
+        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.zeros_(self.embed.weight[PAD].detach())
+        for head in self.heads:
+            nn.init.normal_(head.weight, std=0.02)
+
+    def hidden(
+        self, ids: Tensor, mask: Tensor | None = None, kv_cache: KVCache | None = None
+    ) -> Tensor:
+        """ids [B,T,S] -> hidden [B,T,dim]; mask [B,J], True = real, over cached and new places.
+
+        Positions count real places only, so a row's padding on the left changes nothing.
+        """
+        x = self.embed(ids).sum(dim=2)  # [B,T,S,dim] -> [B,T,dim]
+        T = ids.shape[1]
+        start = 0 if kv_cache is None else kv_cache.length
+        if mask is None:
+            positions = torch.arange(start, start + T, device=ids.device)[None]
+        else:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
+        return self.transformer(x, positions, mask, kv_cache)
+
+    def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
+        """-> (nats [K], num_targets [K]): per head, the summed cross-entropy and how many targets.
+
+        Sums rather than means: the caller divides by the tokens of the whole global batch, so that
+        padding, micro-batches and processes do not weigh in.
+        """
+        hidden = self.hidden(batch.ids).flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
+        nats = [
+            F.cross_entropy(head(hidden[places]).float(), targets, reduction="sum")
+            for head, places, targets in zip(self.heads, batch.places, batch.targets, strict=True)
+        ]
+        counts = [len(targets) for targets in batch.targets]
+        return torch.stack(nats), torch.tensor(counts, device=hidden.device)

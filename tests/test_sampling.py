@@ -1,0 +1,135 @@
+"""Sampling: cached == uncached, a clip does not depend on its batch, filters do what they say."""
+
+import pytest
+import torch
+
+from configs.schema import ModelConfig
+from model.attend import AttentionChoice
+from model.sampling import Sampling, draw, filter_logits, generate, generate_windows
+from model.stages import STAGES, Stage, stage_spec
+
+GREEDY = Sampling(temperature=0)
+
+
+def build(name, backend="einsum"):
+    """A random stage, its weights large enough that its choices differ from place to place."""
+    torch.manual_seed(1)
+    config = ModelConfig(dim=32, num_layers=2, num_heads=4, head_dim=8)
+    stage = Stage(stage_spec(name, 20, 8, 16, 3), config, AttentionChoice((backend,), "test"))
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.mul_(8)
+    return stage.eval()
+
+
+def ragged(stage):
+    """Conditions and prompts of three lengths."""
+    generator = torch.Generator().manual_seed(2)
+
+    def codes(num_codebooks, num_frames):
+        return torch.randint(0, 16, (num_codebooks, num_frames), generator=generator)
+
+    K_c = len(stage.layout.condition_sizes)
+    conditions = [codes(K_c, T) if K_c else None for T in (5, 9, 3)]
+    return conditions, [codes(stage.layout.num_codebooks, T) for T in (0, 4, 2)], [10, 14, 9]
+
+
+@pytest.mark.parametrize("backend", ["einsum", "flash", "math"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=8)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", STAGES)
+@torch.no_grad()
+def test_cached_equals_uncached_token_for_token(name, sampling, backend):
+    stage = build(name, backend)
+    conditions, prompts, limits = ragged(stage)
+    arguments = (conditions, prompts, limits, [1, 2, 3], sampling)
+    cached = generate(stage, *arguments)
+    oracle = generate(build(name), *arguments, use_cache=False)
+    for a, b, prompt, limit in zip(cached, oracle, prompts, limits, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[:, : prompt.shape[1]], prompt)
+        assert 1 <= a.shape[1] <= limit
+        assert a.min() >= 0
+        assert a.max() < max(stage.layout.target_sizes)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@torch.no_grad()
+def test_a_clip_does_not_depend_on_its_batch(name):
+    stage = build(name)
+    conditions, prompts, limits = ragged(stage)
+    together = generate(stage, conditions, prompts, limits, [1, 2, 3], Sampling())
+    for n in (2, 0, 1):
+        alone = generate(
+            stage, conditions[n : n + 1], prompts[n : n + 1], limits[n : n + 1], [n + 1], Sampling()
+        )
+        assert torch.equal(alone[0], together[n])
+
+
+@pytest.mark.parametrize("name", STAGES)
+@torch.no_grad()
+def test_eos_ends_a_clip_in_every_stage(name):
+    """All classes equally likely, EOS among them: most of 64 clips end before 30 frames, at
+    lengths of their own, and none is empty."""
+    stage = build(name)
+    conditions, prompts, _ = ragged(stage)
+    stage.heads[0].weight.zero_()
+    clips = generate(
+        stage, conditions[:1] * 64, prompts[:1] * 64, [30] * 64, list(range(64)), Sampling()
+    )
+    lengths = [clip.shape[1] for clip in clips]
+    assert sum(length < 30 for length in lengths) > 32
+    assert len(set(lengths)) > 10
+    assert min(lengths) >= 1
+
+
+@torch.no_grad()
+def test_windows_cover_what_is_asked_and_keep_the_prompt():
+    stage = build("coarse")
+    stage.heads[0].weight[stage.layout.eos] = 0  # never the best of 17 spread around 0
+    semantic = torch.arange(40)[None] % 20
+    prompt = torch.arange(9).reshape(3, 3)
+    asked = []
+
+    def condition_of(row, a, b):
+        asked.append((a, b))
+        return semantic[:, a:b]
+
+    codes = generate_windows(
+        stage, condition_of, [prompt], [30], [3], GREEDY, window=12, overlap=4
+    )[0]
+    assert asked == [(0, 12), (8, 20), (16, 28), (24, 30)]
+    assert codes.shape == (3, 30)
+    first = generate(stage, [semantic[:, :12]], [prompt], [12], [3], GREEDY)[0]
+    assert torch.equal(codes[:, :12], first)
+    second = generate(stage, [semantic[:, 8:20]], [codes[:, 8:12]], [12], [3], GREEDY, [False])[0]
+    assert torch.equal(codes[:, 8:20], second)
+
+
+def test_filters():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()[None]
+
+    def kept(**options):
+        return torch.isfinite(filter_logits(logits, Sampling(**options)))[0].tolist()
+
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_p=0.5) == [True, False, False, False]
+    assert kept(top_p=0.51) == [True, True, False, False]
+    assert kept(min_p=0.4) == [True, True, False, False]
+    assert kept() == [True] * 4
+    assert torch.allclose(filter_logits(logits, Sampling(temperature=0.5)), 2 * logits)
+
+
+def test_draw_follows_the_probabilities():
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    logits = probs.log().expand(10_000, 4)
+    drawn = draw(logits, uniform, Sampling())
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 10_000, probs, atol=2e-3, rtol=0)
+    assert draw(logits[:1], torch.zeros(1), Sampling()).item() == 0
+    assert (draw(logits, uniform, GREEDY) == 0).all()
+
+
+@pytest.mark.parametrize("option", [{"temperature": -1}, {"top_p": 0}, {"min_p": 1}, {"top_k": -1}])
+def test_impossible_sampling_options_are_errors(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        Sampling(**option)
