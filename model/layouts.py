@@ -16,6 +16,7 @@ every codebook has an id of its own. Targets are local to the head that predicts
 classes 0..size-1, and head 0 one more, EOS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,23 +36,28 @@ class Sequences:
 
     ids [B,N,S] global input ids. For head k, `places[k]` [M_k] are the places, counted over the
     flattened [B*N], whose next token head k predicts, and `targets[k]` [M_k] its local classes.
+    `num_places` counts the places that are not padding.
     """
 
     ids: Tensor
     places: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
+    num_places: int
 
     @property
     def num_targets(self) -> int:
         return sum(t.numel() for t in self.targets)
 
     def to(self, device: torch.device | str) -> "Sequences":
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=True)
+        return self._map(lambda t: t.to(device, non_blocking=True))
 
-        return Sequences(
-            move(self.ids), tuple(map(move, self.places)), tuple(map(move, self.targets))
-        )
+    def pin_memory(self) -> "Sequences":
+        """Called by DataLoader(pin_memory=True)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Sequences":
+        places, targets = tuple(map(move, self.places)), tuple(map(move, self.targets))
+        return Sequences(move(self.ids), places, targets, self.num_places)
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ class Layout:
             targets[row, : len(clip_targets)] = clip_targets
         flat = targets.reshape(-1, self.num_codebooks)  # [B,N,K] -> [B*N,K]
         places = tuple((flat[:, k] != IGNORE).nonzero()[:, 0] for k in range(self.num_codebooks))
-        return Sequences(ids, places, tuple(flat[p, k] for k, p in enumerate(places)))
+        num_places = sum(len(clip_ids) for clip_ids, _ in encoded)
+        return Sequences(ids, places, tuple(flat[p, k] for k, p in enumerate(places)), num_places)
 
     def decode(self, ids: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor, bool, bool]:
         """The inverse of `encode`, for clips that end: (condition, codes, starts, ends)."""

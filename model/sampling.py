@@ -80,14 +80,14 @@ def generate(
     sampling: Sampling,
     starts: list[bool] | None = None,
     use_cache: bool = True,
-    on_step: Callable[[int, int], None] | None = None,
+    on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Continue each prompt [K,P] (P may be 0) until its own EOS or its `max_frames`.
 
     conditions: [K_c,T_c] each, or None for a stage without one; starts[n]: row n begins where its
     recording begins. Returns codes [K,T_n], prompt included, P <= T_n <= max_frames (at least one
     frame). `use_cache=False` feeds the whole sequence through the model at every step: slow, plain,
-    the specification of the other. `on_step(j, num_steps)` is told about progress.
+    the specification of the other. `on_frame(n)` is told, frame by frame, that n clips go on.
     """
     layout, device = stage.layout, stage.embed.weight.device
     K, B = layout.num_codebooks, len(prompts)
@@ -120,10 +120,11 @@ def generate(
                 ended = (code == layout.eos) & (frame < num_frames)
                 num_frames = torch.where(ended, frame, num_frames)
             out[:, j, slot] = code.masked_fill((frame < 0) | (frame >= num_frames), EMPTY)
-        if on_step is not None:
-            on_step(j + 1, num_steps)
-        last = prompt_frames + ((j + 1) // K if layout.pattern == "flatten" else j + 2 - K)
-        if bool((last >= num_frames).all()):
+        whole = prompt_frames + ((j + 1) // K if layout.pattern == "flatten" else j + 2 - K)
+        num_active = int((whole < num_frames).sum())
+        if on_frame is not None and (layout.pattern == "delay" or (j + 1) % K == 0):
+            on_frame(num_active)
+        if num_active == 0:
             break
         fresh = _to_ids(stage, out[:, j : j + 1], j)
         ids = torch.cat([ids, fresh], dim=1) if not use_cache else ids
@@ -142,13 +143,12 @@ def generate_windows(
     sampling: Sampling,
     window: int,
     overlap: int,
-    on_frames: Callable[[int], None] | None = None,
+    on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """`generate` beyond the trained context: windows of `window` frames, of which the first
     `overlap` repeat the end of what is there, until EOS or max_frames.
 
     `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
-    `on_frames(n)` is told how many frames (summed over rows) are new.
     """
     assert 0 <= overlap < window
     codes, active = list(prompts), [n for n, p in enumerate(prompts) if p.shape[1] < max_frames[n]]
@@ -163,11 +163,10 @@ def generate_windows(
             [_mix(seeds[n], a) for n, a in zip(active, begins, strict=True)],
             sampling,
             [a == 0 for a in begins],
+            on_frame=on_frame,
         )
         still = []
         for n, a, b, clip in zip(active, begins, ends, made, strict=True):
-            if on_frames is not None:
-                on_frames(a + clip.shape[1] - codes[n].shape[1])
             codes[n] = torch.cat([codes[n][:, :a], clip], dim=1)
             if codes[n].shape[1] == b < max_frames[n]:  # no EOS, and more is wanted
                 still.append(n)

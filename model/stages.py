@@ -47,6 +47,23 @@ class StageSpec:
         condition = codes[:first] if self.name == "fine" else semantic[None]
         return condition, codes[first:last]
 
+    def sequences(
+        self, semantic: Tensor, codes: Tensor, starts: Tensor, ends: Tensor, collapse: bool = False
+    ) -> Sequences:
+        """A padded batch of crops -> what `Stage.forward` takes.
+
+        semantic [B,T_s] and codes [B,K,T], padded with -1; starts, ends [B] bool: the crop touches
+        its recording's ends. `collapse` drops repeats of semantic tokens.
+        """
+        encoded = []
+        for row in range(len(codes)):
+            tokens = semantic[row][semantic[row] >= 0]  # [T_s]
+            frames = codes[row][:, codes[row, 0] >= 0]  # [K,T]
+            tokens = torch.unique_consecutive(tokens) if collapse else tokens
+            clip = self.streams(tokens, frames)
+            encoded.append(self.layout.encode(*clip, bool(starts[row]), bool(ends[row])))
+        return self.layout.collate(encoded)
+
 
 def stage_spec(
     name: str, num_semantic: int, num_codebooks: int, codebook_size: int, num_coarse: int

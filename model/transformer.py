@@ -52,10 +52,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         q = rearrange(self.to_q(x), "b t (h d) -> b h t d", d=self.head_dim)
         k, v = rearrange(self.to_kv(x), "b t (s g d) -> s b g t d", s=2, d=self.head_dim)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q = rotate(self.q_norm(q), angles).to(v.dtype)  # autocast leaves the norms in fp32
+        k = rotate(self.k_norm(k), angles).to(v.dtype)
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # [b,g,t,d] -> [b,g,j,d]
-        out = self.attend(q, k, v.to(q.dtype), mask)
+        out = self.attend(q, k, v, mask)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
             )
         if config.head_dim % 2:
             raise ValueError(f"model.head_dim={config.head_dim}: rotary positions need it even")
-        self.config = config
+        self.config, self.attention = config, attention
         fused = attention is None or attention.backends != ("einsum",)
         attend = Attend(config.dropout, causal=True, flash=fused, choice=attention)
         self.blocks = nn.ModuleList(Block(config, attend, n) for n in range(config.num_layers))

@@ -63,7 +63,7 @@ def test_inputs_are_the_targets_one_place_later(clip):
 @given(clip=clips())
 def test_each_code_is_predicted_once_and_eos_only_at_an_end(clip):
     layout, condition, codes = clip
-    ids, targets = layout.encode(condition, codes, True, ends=True)
+    _, targets = layout.encode(condition, codes, True, ends=True)
     K, T = codes.shape
     assert int((targets[:, 0] == layout.eos).sum()) == 1
     assert [int((targets[:, k] != IGNORE).sum()) for k in range(K)] == [T + 1] + [T] * (K - 1)
