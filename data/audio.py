@@ -1,0 +1,154 @@
+"""Recordings: find them, read them, write them. The only file that touches soundfile.
+
+soundfile (libsndfile) decodes wav, flac, ogg/vorbis, opus and mp3 without ffmpeg; torchaudio
+resamples.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+import torch
+import torchaudio.functional
+from torch import Tensor
+
+from configs.files import atomic_write
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"})
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recording as listed: `name` is its path relative to the folder or manifest."""
+
+    name: str
+    path: Path
+    text: str | None = None
+    speaker: str | None = None
+    split: str | None = None
+
+
+def find_recordings(audio: str | Path) -> list[Recording]:
+    """List the recordings of a folder (searched recursively) or of a JSONL manifest, by name.
+
+    In a folder, names that begin with a dot are passed over: macOS leaves `._x.wav` beside x.wav.
+
+    A manifest line is an object with `path` (relative to the manifest) and optional `text`,
+    `speaker` and `split` (train, valid or test). ValueError: nothing there, or a malformed line.
+    """
+    audio = Path(audio)
+    if audio.is_dir():
+        found = [
+            Recording(name=path.relative_to(audio).as_posix(), path=path)
+            for path in audio.rglob("*")
+            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+            if not any(part.startswith(".") for part in path.relative_to(audio).parts)
+        ]
+    elif audio.is_file():
+        found = list(_read_manifest(audio))
+    else:
+        raise ValueError(f"{audio}: no such folder or manifest; pass --audio FOLDER or FILE.jsonl")
+    if not found:
+        raise ValueError(f"{audio}: no recordings found (looked for {_suffix_list()})")
+    return sorted(found, key=lambda recording: recording.name)
+
+
+def _suffix_list() -> str:
+    return " ".join(sorted(AUDIO_SUFFIXES))
+
+
+def _read_manifest(manifest: Path) -> Iterator[Recording]:
+    try:
+        # not splitlines(): a JSON string may hold U+2028, which it takes for the end of a line
+        lines = manifest.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{manifest}: not a text file; expected one JSON object a line") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{manifest}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg}); fix or remove the line") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise ValueError(f'{where}: expected an object with a "path", got: {line[:60]}')
+        for key in ("text", "speaker", "split"):
+            if not isinstance(entry.get(key), str | None):
+                raise ValueError(f'{where}: "{key}" must be a string or null')
+        if entry.get("split") not in (None, *SPLITS):
+            raise ValueError(f'{where}: split "{entry["split"]}" is none of {", ".join(SPLITS)}')
+        yield Recording(
+            name=entry["path"],
+            path=manifest.parent / entry["path"],
+            text=entry.get("text"),
+            speaker=entry.get("speaker"),
+            split=entry.get("split"),
+        )
+
+
+def audio_seconds(path: str | Path) -> float:
+    """The length a recording's header gives, without decoding it; 0.0 when there is no audio.
+
+    ValueError names the file: missing, or not a recording at all.
+    """
+    with _open_audio(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+def read_audio(path: str | Path) -> tuple[Tensor, int]:
+    """Decode a recording to wav [1, L] (float32, mono: the channels' mean) and its sample rate.
+
+    ValueError names the file and what is wrong with it: missing, damaged, cut off, empty, not
+    finite.
+    """
+    path = Path(path)
+    with _open_audio(path) as file:
+        announced, rate = file.frames, file.samplerate
+        try:
+            samples = file.read(dtype="float32", always_2d=True)  # [L, C]
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged ({_reason(error)})") from None
+    wav = torch.from_numpy(samples).mean(dim=1)[None]  # [L, C] -> [1, L]
+    if wav.numel() == 0:
+        raise ValueError(f"{path}: empty")
+    if wav.shape[1] < 0.9 * announced:  # an mp3's header may be a little off; that is no damage
+        found = f"{wav.shape[1] / rate:.1f} of {announced / rate:.1f} s can be decoded"
+        raise ValueError(f"{path}: damaged ({found})")
+    if not torch.isfinite(wav).all():
+        raise ValueError(f"{path}: holds NaN or infinite samples")
+    return wav, rate
+
+
+def load_audio(path: str | Path, sample_rate: int) -> Tensor:
+    """Decode a recording to wav [1, L] at `sample_rate` Hz; errors and the rest: `read_audio`."""
+    wav, rate = read_audio(path)
+    return resample(wav, rate, sample_rate)
+
+
+def _open_audio(path: Path) -> soundfile.SoundFile:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "error_string", error)).strip().rstrip(".")
+
+
+def resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:
+    """wav [..., L] at `rate` Hz -> [..., L'] at `sample_rate` Hz, band-limited."""
+    return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
+
+
+def save_audio(path: str | Path, wav: Tensor, sample_rate: int) -> None:
+    """Write wav [C, L] as 16-bit PCM, atomically; samples beyond +-1 are clipped, not wrapped."""
+    samples = wav.detach().float().cpu().clamp(-1, 1).T.numpy()  # [C, L] -> [L, C]
+    with atomic_write(path, "wb") as file:
+        soundfile.write(file, samples, sample_rate, format="WAV", subtype="PCM_16")

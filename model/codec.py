@@ -1,0 +1,347 @@
+"""The neural codec: wav <-> codes. EnCodec of any size, or the pretrained EnCodec 24 kHz.
+
+The only file that touches the `encodec` package, from which it takes the modules: SEANet encoder
+and decoder, the residual codebooks, the multi-scale STFT discriminator. How codebooks learn is in
+model/codec_training.py.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from hashlib import sha256
+from pathlib import Path
+from urllib.error import URLError
+
+import safetensors.torch
+import torch
+from encodec.model import ROOT_URL
+from encodec.modules import SLSTM, SEANetDecoder, SEANetEncoder
+from encodec.modules.seanet import SEANetResnetBlock
+from encodec.msstftd import MultiScaleSTFTDiscriminator
+from encodec.quantization import ResidualVectorQuantizer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.codec_schema import CodecConfig
+from configs.files import atomic_write
+
+ENCODEC_24KHZ = "encodec_24khz"
+ENCODEC_24KHZ_FILE = "encodec_24khz-d7cc33bc.th"
+ENCODEC_24KHZ_CONFIG = CodecConfig(
+    sample_rate=24_000,
+    encoder_filters=32,
+    decoder_filters=32,
+    num_lstm=2,
+    causal=True,
+    normalize_latent=False,
+)
+SPEECH_LEVEL = 0.05  # root mean square of typical recordings
+WEIGHTS_FILE, CONFIG_FILE = "codec.safetensors", "config.json"
+FORMAT_VERSION = 1
+LEARNING_BUFFERS = ("cluster_size", "embed_avg", "inited")  # of a codebook; unused when it is fixed
+
+
+class Codec(nn.Module):
+    """wav [B, 1, L] <-> codes [B, K, T], T = ceil(L / hop_length).
+
+    Attributes: name, sample_rate (Hz), hop_length (samples), frame_rate (frames/s),
+    num_codebooks K, codebook_size, fingerprint. The parameter names are those of the encodec
+    package's own model, so its weight files load as they are.
+    """
+
+    def __init__(self, config: CodecConfig, name: str = "codec", weight_norm: bool = False):
+        super().__init__()
+        self.config, self.name = config, name
+        self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
+        self.frame_rate = config.sample_rate / config.hop_length
+        self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
+        shared = {
+            "dimension": config.dimension,
+            "ratios": list(config.ratios),
+            "n_residual_layers": config.num_residual_layers,
+            "lstm": config.num_lstm,
+            "causal": config.causal,
+            "norm": "weight_norm" if weight_norm else "none",
+        }
+        with warnings.catch_warnings():  # encodec still uses the older weight_norm, on purpose
+            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+            self.encoder = SEANetEncoder(n_filters=config.encoder_filters, **shared)
+            self.decoder = SEANetDecoder(n_filters=config.decoder_filters, **shared)
+        self.quantizer = ResidualVectorQuantizer(
+            dimension=config.dimension, n_q=config.num_codebooks, bins=config.codebook_size
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over config and weights; a copy has the same one anywhere.
+
+        It identifies what the codes mean, so the state that only learning needs is left out.
+        """
+        digest = sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for key, value in sorted(inference_state(self.state_dict()).items()):
+            digest.update(f"{key} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())
+        return digest.hexdigest()[:16]
+
+    def pad(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, L] -> [B, 1, T * hop_length], zeros on the right."""
+        return F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
+
+    def encode_latent(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, T * hop_length] -> latent [B, D, T], before quantisation."""
+        latent = _run(self.encoder, wav)
+        if not self.config.normalize_latent:
+            return latent
+        power = latent.float().square().mean(dim=1, keepdim=True)  # [B, 1, T]
+        return latent * torch.rsqrt(1 + power)
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """latent [B, D, T] -> wav [B, 1, T * hop_length]."""
+        return _run(self.decoder, latent)
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, L] at `sample_rate` -> codes [B, K, T], int64, T = ceil(L / hop_length).
+
+        ValueError: not mono, or no samples.
+        """
+        if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
+            raise ValueError(f"wav {list(wav.shape)}: expected [B, 1, L] with L >= 1")
+        with torch.autocast(wav.device.type, enabled=False):
+            latent = self.encode_latent(self.pad(wav.float()))  # [B, D, T]
+            codes = self.quantizer.vq.encode(latent, self.num_codebooks)  # [K, B, T]
+        return codes.transpose(0, 1)  # [B, K, T]
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, length: int | None = None) -> Tensor:
+        """codes [B, K', T], K' <= K (the first codebooks) -> wav [B, 1, T * hop_length].
+
+        `length` trims the result to that many samples. ValueError: too many codebooks, no frames,
+        codes outside 0..codebook_size-1, or a `length` beyond the frames.
+        """
+        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or not codes.numel():
+            raise ValueError(
+                f"codes {list(codes.shape)}: expected [B, K, T] with K from 1 to "
+                f"{self.num_codebooks} and T >= 1"
+            )
+        if codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(
+                f"codes from {codes.min()} to {codes.max()}: outside 0..{self.codebook_size - 1}"
+            )
+        if length is not None and not 0 <= length <= codes.shape[2] * self.hop_length:
+            raise ValueError(
+                f"length {length}: {codes.shape[2]} frames hold 0..{codes.shape[2]}"
+                f"*{self.hop_length} samples"
+            )
+        with torch.autocast(codes.device.type, enabled=False):
+            wav = self.decode_latent(self.quantizer.decode(codes.transpose(0, 1)))
+        return wav[..., :length]  # [B, 1, length or T * hop_length]
+
+    def save(self, folder: str | Path) -> None:
+        """Write codec.safetensors (fp16, weight norm folded) and config.json for `load_codec`."""
+        state = inference_state(fold_weight_norm(self.state_dict()))
+        state = {key: value.half().cpu().contiguous() for key, value in state.items()}
+        if not all(torch.isfinite(value).all() for value in state.values()):
+            raise ValueError(f"{folder}: not saved, some weights are not finite in fp16")
+        config = {"version": FORMAT_VERSION, "model": asdict(self.config)}
+        with atomic_write(Path(folder) / WEIGHTS_FILE, "wb") as file:
+            file.write(safetensors.torch.save(state))
+        with atomic_write(Path(folder) / CONFIG_FILE) as file:
+            json.dump(config, file, indent=2)
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    """Run SEANet's layers in turn, the LSTM always in fp32: in bf16 its recurrence drifts."""
+    for layer in model.model:
+        if isinstance(layer, SLSTM):
+            with torch.autocast(x.device.type, enabled=False):
+                x = layer(x.float())
+        else:
+            x = layer(x)
+    return x
+
+
+def initialise_weights(codec: Codec) -> None:
+    """Scale every convolution so that a signal keeps its power on the way through; biases 0.
+
+    The first one amplifies speech to a power of about 1, the last one undoes it. torch's default
+    shrinks speech about 50 times on its way to the latent, which then is constant: the decoder
+    first learns silence and takes hundreds of steps to leave it. And where the latent is small,
+    each optimiser step moves it far, relatively: the codebooks cannot follow.
+    """
+    gains = {codec.encoder.model[0].conv.conv: 1 / SPEECH_LEVEL}
+    gains[codec.decoder.model[-1].conv.conv] = SPEECH_LEVEL
+    halved = set()  # the two paths that a residual block adds up
+    for module in codec.modules():
+        if isinstance(module, SEANetResnetBlock):
+            halved |= {module.shortcut.conv.conv, module.block[-1].conv.conv}
+    for module in codec.modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            _initialise_conv(module, 0.5**0.5 if module in halved else gains.get(module, 1.0))
+
+
+@torch.no_grad()
+def _initialise_conv(conv: nn.Module, gain: float) -> None:
+    """Normal weights that multiply the root mean square of white input by `gain`; biases 0."""
+    weight = conv.weight_v if hasattr(conv, "weight_v") else conv.weight
+    fan_in = conv.in_channels * math.prod(conv.kernel_size)
+    if isinstance(conv, nn.ConvTranspose1d):
+        fan_in /= conv.stride[0]  # of its inputs, as many meet in one output
+    weight.normal_(std=gain / fan_in**0.5)
+    if hasattr(conv, "weight_g"):
+        norms = weight.flatten(1).norm(dim=1)
+        conv.weight_g.copy_(norms.view_as(conv.weight_g))
+    conv.bias.zero_()
+
+
+def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace every weight_g, weight_v pair by the weight g * v / |v|; others pass through."""
+    folded = {}
+    for key, value in state.items():
+        if key.endswith(".weight_v"):
+            stem = key.removesuffix("_v")
+            folded[stem] = torch._weight_norm(value, state[f"{stem}_g"], 0)
+        elif not key.endswith(".weight_g"):
+            folded[key] = value
+    return folded
+
+
+def inference_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that encode and decode; without the codebooks' running averages."""
+    return {k: v for k, v in state.items() if k.rsplit(".", 1)[-1] not in LEARNING_BUFFERS}
+
+
+def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
+    """Load a codec for inference, in fp32 and eval mode.
+
+    name: a folder written by `Codec.save`; "encodec_24khz", pretrained by Meta, fetched from the
+    network once and cached by torch.hub; or "encodec_24khz:FILE", the same weights from a file.
+    ValueError says what is missing or damaged.
+    """
+    kind, _, file = name.partition(":")
+    if kind == ENCODEC_24KHZ:
+        codec = _load_encodec_24khz(name, _read_th(Path(file)) if file else _download())
+    else:
+        codec = _load_folder(Path(name), name)
+    return codec.to(device).eval().requires_grad_(False)
+
+
+def _load_folder(folder: Path, name: str) -> Codec:
+    for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: no such file; a codec is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
+                f"or {ENCODEC_24KHZ}, or {ENCODEC_24KHZ}:FILE"
+            )
+    try:
+        config = read_codec_config(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+    try:
+        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: damaged ({error}); copy it again") from None
+    codec = Codec(config, name)
+    _load_state(codec, state, folder / WEIGHTS_FILE)
+    return codec
+
+
+def read_codec_config(loaded: object) -> CodecConfig:
+    """The CodecConfig in a parsed config.json; ValueError names the key that is wrong."""
+    if not isinstance(loaded, dict) or not isinstance(loaded.get("model"), dict):
+        raise ValueError('expected an object with "version" and "model"')
+    if loaded.get("version") != FORMAT_VERSION:
+        raise ValueError(f"version {loaded.get('version')!r}, this code reads {FORMAT_VERSION}")
+    known = {field.name: field.default for field in fields(CodecConfig)}
+    for key, value in loaded["model"].items():
+        if key not in known:
+            raise ValueError(f'unknown key "model.{key}"; known: {", ".join(sorted(known))}')
+        of_kind = isinstance(value, list) if key == "ratios" else type(value) is type(known[key])
+        if not of_kind or (key == "ratios" and not all(type(ratio) is int for ratio in value)):
+            raise ValueError(f'"model.{key}" is {value!r}, not like {known[key]!r}')
+    return CodecConfig(**loaded["model"])
+
+
+def _load_encodec_24khz(name: str, state: Mapping[str, Tensor]) -> Codec:
+    """The file holds 32 codebooks (24 kbit/s); the first 8 are 6 kbit/s, the rest are left out."""
+    codec = Codec(ENCODEC_24KHZ_CONFIG, name, weight_norm=True)
+    prefixes = tuple(f"quantizer.vq.layers.{k}." for k in range(codec.num_codebooks))
+    wanted = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith("quantizer.vq.layers.") or key.startswith(prefixes)
+    }
+    _load_state(codec, wanted, name)
+    return codec
+
+
+def _read_th(file: Path) -> Mapping[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected a copy of {ENCODEC_24KHZ_FILE}")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and type errors alike
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: not a weight file torch can read safely ({reason})") from None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{file}: not a state dict of tensors like {ENCODEC_24KHZ_FILE}")
+    return state
+
+
+def _download() -> Mapping[str, Tensor]:
+    """The encodec package's own address, through torch.hub's cache; its loader would unpickle."""
+    try:
+        return torch.hub.load_state_dict_from_url(
+            ROOT_URL + ENCODEC_24KHZ_FILE, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (URLError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{ENCODEC_24KHZ}: cannot be downloaded ({error}); copy {ENCODEC_24KHZ_FILE} here from "
+            f"a machine with a network and pass {ENCODEC_24KHZ}:/path/{ENCODEC_24KHZ_FILE}"
+        ) from None
+
+
+def _load_state(codec: Codec, state: Mapping[str, Tensor], where: str | Path) -> None:
+    """Copy `state` into `codec`; every inference tensor must be there with the right shape."""
+    expected = inference_state(codec.state_dict())
+    for key, tensor in expected.items():
+        if key not in state:
+            raise ValueError(f"{where}: lacks {key}; not the weights of this codec")
+        if state[key].shape != tensor.shape:
+            found = list(state[key].shape)
+            raise ValueError(f"{where}: {key} is {found}, expected {list(tensor.shape)}")
+    extra = sorted(inference_state(state).keys() - expected.keys())
+    if extra:
+        raise ValueError(f"{where}: unexpected {extra[0]}; not the weights of this codec")
+    codec.load_state_dict({key: state[key].float() for key in expected}, strict=False)
+    for layer in codec.quantizer.vq.layers:
+        layer._codebook.inited.fill_(1)
+
+
+def build_discriminator(windows: tuple[int, ...], filters: int) -> nn.Module:
+    """encodec's multi-scale STFT discriminator (section 3.4, figure 2); hops are window / 4.
+
+    forward(wav [B, 1, L]) -> (logits, feature maps), a list per window. Its 2-d convolutions
+    dominate training; they run channels-last, the layout of tensor cores. Initialised like the
+    codec: with torch's default the biases drown the signal, and it starts out blind.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+        discriminator = MultiScaleSTFTDiscriminator(
+            filters=filters,
+            n_ffts=list(windows),
+            win_lengths=list(windows),
+            hop_lengths=[window // 4 for window in windows],
+        )
+    for scale in discriminator.discriminators:
+        scale.convs[0].register_forward_pre_hook(_channels_last)
+        for i, layer in enumerate((*scale.convs, scale.conv_post)):
+            _initialise_conv(layer.conv, 1 / SPEECH_LEVEL if i == 0 else 2**0.5)
+    return discriminator
+
+
+def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)

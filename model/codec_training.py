@@ -1,0 +1,144 @@
+"""A codec while it learns: residual quantisation with running-average codebooks.
+
+The encodec package (0.1.1) can train its codebooks too, but there (1) a restarted dead code is
+overwritten by the running average in the same call, so codes never come back; (2) k-means fills
+the running sums with means; (3) the straight-through residual cuts the commitment gradient of
+every codebook but the first; (4) nothing is averaged over processes. Hence this file. It uses the
+package's buffers, so the weights stay exchangeable.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.codec import Codec
+
+KMEANS_ITERATIONS = 10
+SMOOTHING = 1e-5
+
+
+class CodecTraining(nn.Module):
+    """Forward pass of `codec` with gradients; in train mode the codebooks follow the latents.
+
+    decay: of the codebooks' running averages. dead_code_share: a code used less than this share
+    of an average code's use restarts at a latent of the current batch.
+    """
+
+    def __init__(self, codec: Codec, decay: float, dead_code_share: float):
+        super().__init__()
+        self.codec, self.decay, self.dead_code_share = codec, decay, dead_code_share
+
+    def forward(
+        self, wav: Tensor, num_codebooks: Tensor, restarts: Tensor, quantize: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """wav [B, 1, T * hop_length] -> reconstruction, same shape; commitment loss; error.
+
+        num_codebooks [B]: clip b is decoded from its first num_codebooks[b] codebooks (quantiser
+        dropout). restarts [K, codebook_size], int64 in [0, 2**31): which latents replace dead
+        codes, modulo their number. error: energy left after K codebooks, as a share of the
+        latent's variance. quantize=False passes the latent on as it is: a start without codebooks
+        costs few steps, whereas codebooks fitted to an untrained encoder lag behind it for long.
+        """
+        latent = self.codec.encode_latent(wav)  # [B, D, T]
+        if not quantize:
+            zero = 0 * latent.float().mean()  # with a gradient, for one backward pass either way
+            return self.codec.decode_latent(latent), zero, zero
+        with torch.autocast(wav.device.type, enabled=False):
+            quantized, commitment, error = self.quantize(latent.float(), num_codebooks, restarts)
+        return self.codec.decode_latent(quantized), commitment, error
+
+    def quantize(
+        self, latent: Tensor, num_codebooks: Tensor, restarts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """latent [B, D, T] -> quantized [B, D, T] (straight-through), commitment [], error [].
+
+        Residual VQ (SoundStream, algorithm 1). The commitment of codebook k is the mean squared
+        distance to its vector, summed over k, with gradients to the encoder for every k.
+        """
+        B, D, T = latent.shape
+        flat = latent.transpose(1, 2).reshape(B * T, D)
+        residual, total, commitment = flat, torch.zeros_like(flat), flat.new_zeros(())
+        variance = flat.detach().var(dim=0).mean().clamp(min=1e-9)
+        restarts = restarts % (B * T)
+        for k, layer in enumerate(self.codec.quantizer.vq.layers):
+            book = layer._codebook
+            samples = residual.detach()
+            nearest = _nearest(samples, book.embed)  # [B*T]
+            quantized = F.embedding(nearest, book.embed)  # [B*T, D]
+            if self.training:
+                self._follow(book, samples, nearest, restarts[k])
+            kept = (num_codebooks > k).repeat_interleave(T)[:, None]  # [B*T, 1]
+            total = total + quantized * kept
+            commitment = commitment + F.mse_loss(residual, quantized)
+            residual = residual - quantized
+        error = residual.detach().square().mean() / variance
+        straight = flat + (total - flat).detach()
+        return straight.view(B, T, D).transpose(1, 2), commitment, error
+
+    def usage(self) -> Tensor:
+        """Perplexity of each codebook's recent use over its size [K]: 1 is perfectly even."""
+        sizes = torch.stack([x._codebook.cluster_size for x in self.codec.quantizer.vq.layers])
+        share = sizes / sizes.sum(dim=1, keepdim=True).clamp(min=1e-9)  # [K, codebook_size]
+        entropy = -(share * share.clamp(min=1e-9).log()).sum(dim=1)
+        return entropy.exp() / self.codec.codebook_size
+
+    @torch.no_grad()
+    def initialise(self, samples: Tensor, restarts: Tensor) -> None:
+        """Fit the codebooks to latents [N, D] by k-means, one after the other on what is left.
+
+        restarts [K, codebook_size]: the initial means, as in `forward`. N should be many times
+        the codebook size, or the later codebooks see residuals that are too small. With several
+        processes, rank 0's result counts.
+        """
+        restarts = restarts % len(samples)
+        for k, layer in enumerate(self.codec.quantizer.vq.layers):
+            book = layer._codebook
+            means = samples[restarts[k]]  # [codebook_size, D]
+            for _ in range(KMEANS_ITERATIONS):
+                counts, sums = _assign(samples, _nearest(samples, means), self.codec.codebook_size)
+                means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), means)
+            counts = counts / counts.mean()  # an average step's worth; only the shares matter
+            for buffer, value in (
+                (book.embed, means),
+                (book.cluster_size, counts),
+                (book.embed_avg, means * counts[:, None]),
+                (book.inited, torch.ones_like(book.inited)),
+            ):
+                buffer.copy_(value)
+                if _distributed():
+                    dist.broadcast(buffer, src=0)
+            samples = samples - F.embedding(_nearest(samples, book.embed), book.embed)
+
+    @torch.no_grad()
+    def _follow(self, book: nn.Module, samples: Tensor, nearest: Tensor, restarts: Tensor) -> None:
+        """Running averages (VQ-VAE, appendix A.1) over all processes, then restarts; no sync."""
+        counts, sums = _assign(samples, nearest, self.codec.codebook_size)
+        candidates = samples[restarts]  # [codebook_size, D]
+        if _distributed():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+            dist.broadcast(candidates, src=0)
+        average = counts.sum() / self.codec.codebook_size
+        book.cluster_size.lerp_(counts, 1 - self.decay)
+        book.embed_avg.lerp_(sums, 1 - self.decay)
+        dead = book.cluster_size < self.dead_code_share * average  # [codebook_size]
+        book.cluster_size.copy_(torch.where(dead, average, book.cluster_size))
+        book.embed_avg.copy_(torch.where(dead[:, None], candidates * average, book.embed_avg))
+        book.embed.copy_(book.embed_avg / (book.cluster_size[:, None] + SMOOTHING))
+
+
+def _nearest(samples: Tensor, embed: Tensor) -> Tensor:
+    """Index [N] of the row of embed [M, D] closest to each of samples [N, D]."""
+    distance = embed.square().sum(dim=1) - 2 * samples @ embed.t()  # [N, M], up to |sample|^2
+    return distance.argmin(dim=1)
+
+
+def _assign(samples: Tensor, nearest: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """How many samples [N, D] each code has, [size], and their sums, [size, D]."""
+    one_hot = F.one_hot(nearest, size).to(samples.dtype)  # [N, size]
+    return one_hot.sum(dim=0), one_hot.t() @ samples
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

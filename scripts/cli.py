@@ -1,0 +1,32 @@
+"""What every command line here shares: help that shows examples, and errors in one clear line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """An ArgumentParser whose --help ends with `examples`, printed as typed."""
+    return argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run `main`; a user's mistake (ValueError, OSError) becomes one line on stderr and exit 2.
+
+    Ctrl-C exits with 130. Set MINI_AUDIOLM_TRACE=1 to see the traceback instead.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINI_AUDIOLM_TRACE"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,115 @@
+"""Losses of the codec: multi-scale mel distance, hinge GAN, feature matching, and their balancer.
+
+Equations are those of EnCodec (Défossez et al. 2022, section 3.4) unless said otherwise.
+"""
+
+import torch
+import torchaudio
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MEL_SCALES = ((64, 8), (128, 16), (256, 32), (512, 48), (1024, 80), (2048, 128))
+"""(STFT window in samples, mel bands): as many bands as still hold a bin each."""
+LOG_FLOOR = 3e-4  # -70 dB: below it lies recording noise, and the logarithm's slope grows
+QUIET = 1e-2  # mel magnitude below which the L2 term is absolute rather than relative
+
+
+class MelDistance(nn.Module):
+    """Distance between two wavs [B, 1, L], averaged over STFT windows of 64 to 2048 samples.
+
+    Per scale, an L1 and an L2 term as in equation 3: the mean absolute difference of log10 mel
+    magnitudes (equally kind to quiet and loud bands) plus the L2 distance of the mel magnitudes
+    relative to the target's (spectral convergence; keeps the loud harmonics in place). forward
+    returns both; `log_only` is the first term alone, the reported figure.
+    """
+
+    def __init__(self, sample_rate: int):
+        super().__init__()
+        self.scales = nn.ModuleList(
+            torchaudio.transforms.MelSpectrogram(
+                sample_rate=sample_rate,
+                n_fft=window,
+                hop_length=window // 4,
+                n_mels=num_mels,
+                power=1.0,
+                normalized="window",
+            )
+            for window, num_mels in MEL_SCALES
+        )
+
+    def forward(self, estimate: Tensor, target: Tensor, log_only: bool = False) -> Tensor:
+        """The distance, a scalar; `estimate` gets the gradient. Needs L > 1024."""
+        total = estimate.new_zeros(())
+        for mel in self.scales:
+            x, y = mel(estimate[:, 0]), mel(target[:, 0])  # [B, num_mels, frames]
+            total = total + F.l1_loss(_log10(x), _log10(y))
+            if not log_only:
+                scale = y.flatten(1).norm(dim=1) + QUIET * y[0].numel() ** 0.5  # [B]
+                total = total + ((x - y).flatten(1).norm(dim=1) / scale).mean()
+        return total / len(self.scales)
+
+
+def _log10(mel: Tensor) -> Tensor:
+    return (mel + LOG_FLOOR).log10()
+
+
+def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss, mean over the sub-discriminators; real and fake [B, 1, L] in one pass."""
+    logits, _ = discriminator(torch.cat([real, fake]))  # per scale [2B, 1, frames, bins]
+    total = real.new_zeros(())
+    for scale in logits:
+        on_real, on_fake = scale.chunk(2)
+        total = total + F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
+    return total / len(logits)
+
+
+def generator_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """{"adversarial": hinge, "feature": relative L1 of the feature maps (equation 2)}."""
+    with torch.no_grad():
+        _, real_maps = discriminator(real)
+    logits, fake_maps = discriminator(fake)
+    adversarial = torch.stack([F.relu(1 - scale).mean() for scale in logits]).mean()
+    feature = [
+        F.l1_loss(x, y) / y.abs().mean().clamp(min=1e-6)
+        for of_fake, of_real in zip(fake_maps, real_maps, strict=True)
+        for x, y in zip(of_fake, of_real, strict=True)
+    ]
+    return {"adversarial": adversarial, "feature": torch.stack(feature).mean()}
+
+
+class Balancer:
+    """Turns losses into one gradient in which each loss has its weight's share (equation 5).
+
+    Written here because the encodec package on PyPI does not hold the paper's balancer. For loss
+    i with weight w_i and gradient g_i with respect to the output wav,
+
+        g = sum_i  w_i / sum_j w_j  *  g_i / E|g_i|,
+
+    where E is a running average of the per-clip L2 norm, averaged over processes. Per clip the
+    sum has a norm of about 1, divided here by the batch size so that it compares with losses that
+    are means over the batch. A weight then says a share, whatever the scale of its loss.
+    """
+
+    def __init__(self, weights: dict[str, float], decay: float = 0.99):
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.decay = decay
+        self.state: dict[str, Tensor] = {}  # name -> [sum of norms, sum of weights], decayed
+
+    def gradient(self, losses: dict[str, Tensor], wav: Tensor, accelerator: Accelerator) -> Tensor:
+        """The balanced gradient with respect to wav [B, 1, L]; every graph up to wav is used up."""
+        names = [name for name in losses if name in self.weights]
+        gradients, norms = [], []
+        for name in names:
+            (gradient,) = torch.autograd.grad(losses[name], [wav], retain_graph=True)
+            gradients.append(gradient)
+            norms.append(gradient.flatten(1).norm(dim=1).mean())
+        mean_norms = accelerator.reduce(torch.stack(norms), "mean")
+        total = sum(self.weights[name] for name in names)
+        balanced = torch.zeros_like(wav)
+        for name, gradient, norm in zip(names, gradients, mean_norms, strict=True):
+            old = self.state.get(name, torch.zeros(2, device=wav.device)).to(wav.device)
+            self.state[name] = old * self.decay + torch.stack([norm, torch.ones_like(norm)])
+            average = self.state[name][0] / self.state[name][1]
+            balanced += gradient * (self.weights[name] / total / (average + 1e-12))
+        return balanced / len(wav)

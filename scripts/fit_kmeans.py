@@ -1,0 +1,203 @@
+"""Fit the centroids of a semantic tokenizer: features of many recordings -> k-means -> a folder."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.audio import Recording, find_recordings, load_audio
+from model.semantic import (
+    HUBERT_NAMES,
+    HubertConfig,
+    HubertKMeans,
+    MfccKMeans,
+    SemanticTokenizer,
+    nearest_centroid,
+)
+from scripts.cli import make_parser, run_cli
+
+EXAMPLES = """\
+  python -m scripts.fit_kmeans --audio recordings --out runs/semantic_mine
+  python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
+      --features mfcc --num-tokens 500 --out pretrained/semantic_mfcc --force
+  python -m scripts.fit_kmeans --audio recordings --features hubert_base --layer 7 \\
+      --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_hubert"""
+
+CHUNK = 16_384
+"""Frames per distance matrix: [16384, 500] floats are 33 MB."""
+
+
+def collect_features(
+    tokenizer: SemanticTokenizer, recordings: list[Recording], max_hours: float, seed: int
+) -> Tensor:
+    """Raw features [N, F] on the CPU of a seeded random choice of at most `max_hours`.
+
+    Recordings that cannot be decoded are named on stderr and left out.
+    """
+    order = np.random.default_rng(seed).permutation(len(recordings))
+    device, collected, seconds = tokenizer.mean.device, [], 0.0
+    for index in tqdm(order, desc="features", unit="file", disable=None):
+        if seconds >= max_hours * 3600:
+            break
+        try:
+            wav = load_audio(recordings[index].path, tokenizer.sample_rate)  # [1, L]
+        except ValueError as error:
+            print(f"left out {error}", file=sys.stderr)
+            continue
+        seconds += wav.shape[1] / tokenizer.sample_rate
+        collected.append(tokenizer.features(wav[None].to(device))[0].cpu())  # [T, F]
+    if not collected:
+        raise ValueError("none of the recordings could be decoded; check the files under --audio")
+    print(f"features of {len(collected)} recordings, {seconds / 3600:.2f} h", file=sys.stderr)
+    return torch.cat(collected)  # [N, F]
+
+
+def kmeans(
+    features: Tensor, num_tokens: int, seed: int = 0, num_iterations: int = 50, tolerance=1e-4
+) -> tuple[Tensor, float]:
+    """features [N, F] -> centroids [num_tokens, F] and inertia (mean squared distance to them).
+
+    k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's iterations over all frames until inertia
+    falls by less than `tolerance` of itself. A centroid without frames moves to a frame drawn like
+    a new k-means++ seed. The same seed gives the same centroids on the same kind of device.
+    ValueError: fewer distinct frames than tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centroids = _seed_centroids(features, num_tokens, generator)
+    previous = float("inf")
+    bar = tqdm(range(num_iterations), desc="k-means", unit="iteration", disable=None)
+    for _ in bar:
+        sums, counts, distances = _assign(features, centroids)
+        inertia = distances.double().mean().item()
+        bar.set_postfix(inertia=f"{inertia:.4f}")
+        dead = counts == 0
+        if not dead.any() and previous - inertia <= tolerance * inertia:
+            break
+        previous = inertia
+        centroids = (sums / counts.clamp(min=1)[:, None]).to(features.dtype)
+        if dead.any():
+            centroids[dead] = features[_draw(distances, int(dead.sum()), generator)]
+    return centroids, _assign(features, centroids)[2].double().mean().item()
+
+
+def _seed_centroids(features: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """k-means++ on at most 100 frames a token: each seed is drawn by its squared distance."""
+    choice = torch.randperm(features.shape[0], generator=generator)[: 100 * num_tokens]
+    frames = features[choice.to(features.device)]
+    if torch.unique(frames, dim=0).shape[0] < num_tokens:
+        raise ValueError(
+            f"{features.shape[0]} frames are too few (or too alike) for {num_tokens} tokens; give "
+            "more audio or a smaller --num-tokens"
+        )
+    seeds = [frames[0]]  # frames are in random order
+    distances = torch.full_like(frames[:, 0], float("inf"))
+    for _ in tqdm(range(1, num_tokens), desc="seeds", unit="token", disable=None, leave=False):
+        distances = torch.minimum(distances, (frames - seeds[-1]).square().sum(1))
+        seeds.append(frames[_draw(distances, 1, generator)[0]])
+    return torch.stack(seeds)  # [num_tokens, F]
+
+
+def _draw(weights: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """`num` indices drawn in proportion to weights [N] by inverting their cumulative sum.
+
+    torch.multinomial would do, but it stops at 2^24 categories: 93 h of frames.
+    """
+    cumulative = weights.double().cumsum(0).cpu()
+    points = torch.rand(num, generator=generator, dtype=torch.float64) * cumulative[-1]
+    drawn = torch.searchsorted(cumulative, points, right=True)
+    return drawn.clamp(max=weights.shape[0] - 1).to(weights.device)
+
+
+def _assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [C, F] (float64) and counts [C] of the frames of each centroid; distances [N].
+
+    float64 sums: on a GPU index_add_ adds in any order, which then shows in no float32 centroid.
+    """
+    num_tokens = centroids.shape[0]
+    sums = torch.zeros_like(centroids, dtype=torch.float64)
+    counts = torch.zeros(num_tokens, dtype=torch.int64, device=centroids.device)
+    distances = []
+    for frames in features.split(CHUNK):
+        nearest = nearest_centroid(frames, centroids)  # [n]
+        sums.index_add_(0, nearest, frames.double())
+        counts += torch.bincount(nearest, minlength=num_tokens)
+        distances.append((frames - centroids[nearest]).square().sum(1))
+    return sums, counts, torch.cat(distances)
+
+
+def fit(tokenizer: SemanticTokenizer, features: Tensor, num_tokens: int, seed: int) -> dict:
+    """Give `tokenizer` its codebook, fitted on raw features [N, F]; returns what to report."""
+    mean, std = features.double().mean(0), features.double().std(0).clamp(min=1e-5)
+    if isinstance(tokenizer, HubertKMeans):  # the literature clusters raw features: so do we
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    device = tokenizer.mean.device
+    normalised = ((features - mean) / std).float().to(device)
+    centroids, inertia = kmeans(normalised, num_tokens, seed)
+    tokenizer.set_codebook(mean, std, centroids)
+    share = _assign(normalised, centroids)[1].double() / features.shape[0]  # [num_tokens]
+    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+    return {
+        "num_frames": features.shape[0],
+        "inertia": inertia,
+        "inertia_per_feature": inertia / features.shape[1],
+        "tokens_used": int((share > 0).sum()),
+        "perplexity": perplexity,
+    }
+
+
+def build_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTokenizer:
+    """A tokenizer without centroids. ValueError: unknown features, options of the other kind."""
+    if features == "mfcc":
+        if weights is not None:
+            raise ValueError("--weights is for HuBERT features; drop it or pass --features")
+        return MfccKMeans()
+    if features not in HUBERT_NAMES:
+        known = ", ".join(("mfcc", *HUBERT_NAMES))
+        raise ValueError(f"--features {features}: unknown, choose one of {known}")
+    weights = None if weights is None else str(Path(weights).resolve())
+    return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
+
+
+def main() -> None:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
+    parser.add_argument("--out", required=True, help="folder to write the tokenizer to")
+    parser.add_argument("--features", default="mfcc", help=f"mfcc, {', '.join(HUBERT_NAMES)}")
+    parser.add_argument("--num-tokens", type=int, default=500, help="centroids (default 500)")
+    parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
+    parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
+    parser.add_argument("--split", help="use a manifest's recordings of this split alone")
+    parser.add_argument("--max-hours", type=float, default=5.0, help="of audio (default 5)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--force", action="store_true", help="overwrite a tokenizer in --out")
+    args = parser.parse_args()
+
+    out = Path(args.out)
+    if not args.force and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: already exists; choose another --out or pass --force")
+    if not 1 < args.num_tokens <= 65_536:
+        raise ValueError(f"--num-tokens {args.num_tokens}: choose 2 to 65536 (tokens are uint16)")
+    recordings = find_recordings(args.audio)
+    recordings = list({recording.path: recording for recording in recordings}.values())
+    if args.split is not None:
+        recordings = [r for r in recordings if r.split == args.split]
+        if not recordings:
+            raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
+    tokenizer = build_tokenizer(args.features, args.layer, args.weights).to(args.device).eval()
+    started = time.monotonic()
+    features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
+    report = fit(tokenizer, features, args.num_tokens, args.seed)
+    tokenizer.save(out)
+    for key, value in report.items():
+        print(f"{key:20} {value:.4f}" if isinstance(value, float) else f"{key:20} {value}")
+    print(f"wrote {out}: {tokenizer.num_tokens} tokens, fingerprint {tokenizer.fingerprint}, ", end="")
+    print(f"in {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,297 @@
+"""model/semantic.py and scripts/fit_kmeans.py."""
+
+import json
+import urllib.error
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from model.semantic import (
+    HubertConfig,
+    HubertKMeans,
+    MfccConfig,
+    MfccKMeans,
+    collapse_repeats,
+    load_semantic,
+    nearest_centroid,
+)
+from scripts import fit_kmeans
+from scripts.fit_kmeans import kmeans
+
+TINY_HUBERT = {
+    "extractor_mode": "group_norm",
+    "extractor_conv_layer_config": [[8, 10, 5]] + [[8, 3, 2]] * 4 + [[8, 2, 2]] * 2,
+    "extractor_conv_bias": False,
+    "encoder_embed_dim": 16,
+    "encoder_projection_dropout": 0.1,
+    "encoder_pos_conv_kernel": 8,
+    "encoder_pos_conv_groups": 2,
+    "encoder_num_layers": 3,
+    "encoder_num_heads": 2,
+    "encoder_attention_dropout": 0.1,
+    "encoder_ff_interm_features": 32,
+    "encoder_ff_interm_dropout": 0.1,
+    "encoder_dropout": 0.1,
+    "encoder_layer_norm_first": False,
+    "encoder_layer_drop": 0.05,
+    "aux_num_out": None,
+}
+
+
+def noise(length, seed=0):
+    return 0.1 * torch.randn(1, 1, length, generator=torch.Generator().manual_seed(seed))
+
+
+def with_codebook(tokenizer, num_tokens=20):
+    features = tokenizer.features(noise(32_000))[0]
+    fit_kmeans.fit(tokenizer, features, num_tokens, seed=0)
+    return tokenizer
+
+
+def tiny_hubert(folder, layer=2, seed=0):
+    """A random HuBERT in torchaudio's file format, and the config that finds it."""
+    torch.manual_seed(seed)
+    model = torchaudio.models.wav2vec2_model(**TINY_HUBERT).eval()
+    torch.save(model.state_dict(), folder / "hubert.pth")
+    config = HubertConfig(layer=layer, weights="hubert.pth", architecture=TINY_HUBERT)
+    return model, config
+
+
+@pytest.fixture(scope="module")
+def mfcc():
+    return with_codebook(MfccKMeans())
+
+
+@pytest.mark.parametrize("length", [1, 319, 320, 321, 400, 3200, 16_001])
+def test_frames_are_ceil_of_length_over_hop(mfcc, tmp_path, length):
+    hubert = HubertKMeans(tiny_hubert(tmp_path)[1], tmp_path)
+    for tokenizer in (mfcc, hubert):
+        features = tokenizer.features(noise(length))
+        assert features.shape == (1, -(-length // 320), tokenizer.num_features)
+        assert (tokenizer.hop_length, tokenizer.frame_rate) == (320, 50.0)
+    assert mfcc.encode(noise(length)).shape == (1, -(-length // 320))
+
+
+def test_tokens_are_the_nearest_centroids_of_normalised_features(mfcc):
+    wav = noise(8000, seed=1)
+    tokens = mfcc.encode(wav)
+    features = (mfcc.features(wav)[0] - mfcc.mean) / mfcc.std  # [T, F]
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens[0], torch.cdist(features, mfcc.centroids).argmin(1))
+    assert mfcc.num_tokens == 20
+    assert tokens.unique().numel() > 5
+
+
+def test_a_click_shows_in_the_frame_that_is_centred_on_it(mfcc):
+    wav = 1e-4 * noise(9600)
+    wav[0, 0, 10 * 320 + 160] = 1.0  # the centre of codec frame 10
+    energy = mfcc.features(wav)[0, :, 0]
+    assert energy.argmax() == 10
+
+
+def test_a_crop_has_the_tokens_of_the_whole_clip(mfcc):
+    """Features look 4 frames and a window around: no statistic of the whole clip enters."""
+    wav = noise(32_000, seed=2)
+    wav[..., :3200] *= 100  # a loud start must not change what comes later
+    whole, crop = mfcc.encode(wav)[0], mfcc.encode(wav[..., 16_000:])[0]
+    assert torch.equal(whole[50 + 6 :], crop[6:])
+    batch = mfcc.encode(torch.cat([wav, wav.flip(-1)]))
+    assert torch.equal(batch[0], whole)
+
+
+def test_saved_and_loaded_is_the_same_tokenizer(mfcc, tmp_path):
+    mfcc.save(tmp_path / "s")
+    loaded = load_semantic(str(tmp_path / "s"))
+    wav = noise(8000)
+    assert torch.equal(loaded.encode(wav), mfcc.encode(wav))
+    assert loaded.fingerprint == mfcc.fingerprint
+    assert loaded.name == str(tmp_path / "s")
+    assert len(loaded.fingerprint) == 16
+    assert int(loaded.fingerprint, 16) >= 0
+
+
+def test_fingerprint_follows_numbers_and_config(mfcc):
+    other = with_codebook(MfccKMeans())
+    assert other.fingerprint == mfcc.fingerprint  # the same numbers, made anew
+    other.set_codebook(mfcc.mean, mfcc.std, mfcc.centroids + 1e-3)
+    assert other.fingerprint != mfcc.fingerprint
+    configured = MfccKMeans(MfccConfig(delta_window=3))
+    configured.set_codebook(mfcc.mean, mfcc.std, mfcc.centroids)
+    assert configured.fingerprint != mfcc.fingerprint
+
+
+def test_hubert_takes_the_layer_and_aligns_with_torchaudio(tmp_path):
+    model, config = tiny_hubert(tmp_path, layer=2)
+    tokenizer = HubertKMeans(config, tmp_path)
+    wav = noise(3200)
+    padded = torch.nn.functional.pad(wav[0], (40, 40))
+    with torch.no_grad():
+        expected = model.extract_features(padded)[0][1]
+    assert torch.allclose(tokenizer.features(wav), expected, atol=1e-5)
+    tokenizer.train()
+    assert torch.equal(tokenizer.features(wav), tokenizer.features(wav))  # no dropout, ever
+
+
+def test_hubert_folder_moves_with_its_weights_and_keeps_its_fingerprint(tmp_path):
+    _, config = tiny_hubert(tmp_path)
+    tokenizer = with_codebook(HubertKMeans(config, tmp_path))
+    tokenizer.save(tmp_path / "semantic")
+    assert json.loads((tmp_path / "semantic/config.json").read_text())["weights"] == "../hubert.pth"
+    loaded = load_semantic(str(tmp_path / "semantic"))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert torch.equal(loaded.encode(noise(8000)), tokenizer.encode(noise(8000)))
+
+    (tmp_path / "hubert.pth").rename(tmp_path / "moved.pth")
+    with pytest.raises(ValueError, match=r"hubert\.pth: no such file .* FOLDER:FILE"):
+        load_semantic(str(tmp_path / "semantic"))
+    moved = load_semantic(f"{tmp_path / 'semantic'}:{tmp_path / 'moved.pth'}")
+    assert moved.fingerprint == tokenizer.fingerprint
+
+
+def test_other_hubert_weights_than_the_centroids_are_refused(tmp_path):
+    tokenizer = with_codebook(HubertKMeans(tiny_hubert(tmp_path)[1], tmp_path))
+    tokenizer.save(tmp_path / "semantic")
+    tiny_hubert(tmp_path, seed=1)
+    with pytest.raises(ValueError, match="not the weights these centroids were fitted on"):
+        load_semantic(str(tmp_path / "semantic"))
+
+
+def test_hubert_mistakes_are_named(tmp_path, monkeypatch):
+    _, config = tiny_hubert(tmp_path)
+    with pytest.raises(ValueError, match="layer 9 asked for, it has 1 to 3"):
+        HubertKMeans(replace(config, layer=9), tmp_path)
+    with pytest.raises(ValueError, match="'wavlm' is unknown; choose one of hubert_base"):
+        HubertKMeans(HubertConfig(model="wavlm"))
+    other = {**TINY_HUBERT, "encoder_embed_dim": 8}
+    with pytest.raises(ValueError, match=r"hubert\.pth: not weights of hubert_base"):
+        HubertKMeans(replace(config, architecture=other), tmp_path)
+    (tmp_path / "hubert.pth").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"hubert\.pth: not weights of hubert_base"):
+        HubertKMeans(config, tmp_path)
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("torchaudio.pipelines._wav2vec2.utils.load_state_dict_from_url", offline)
+    monkeypatch.setattr(
+        "torchaudio.pipelines._wav2vec2.utils._get_model", lambda *_: torch.nn.Identity()
+    )
+    with pytest.raises(ValueError, match=r"could not be downloaded .*--weights FILE"):
+        HubertKMeans()
+
+
+def test_hubert_normalises_the_wav_before_padding(tmp_path):
+    _, config = tiny_hubert(tmp_path)
+    tokenizer = HubertKMeans(replace(config, normalize_waveform=True), tmp_path)
+    wav = noise(3300)
+    assert torch.allclose(tokenizer.features(wav), tokenizer.features(5 * wav + 0.1), atol=1e-3)
+
+
+def test_folders_that_are_none_are_named(mfcc, tmp_path):
+    with pytest.raises(ValueError, match="not a semantic tokenizer"):
+        load_semantic(str(tmp_path / "gone"))
+    mfcc.save(tmp_path)
+    with pytest.raises(ValueError, match="takes no weights"):
+        load_semantic(f"{tmp_path}:x.pth")
+    config = tmp_path / "config.json"
+    good = config.read_text()
+    for bad, says in (("{", '"kind"'), ("[]", '"kind"'), ('{"kind": "mfcc", "x": 1}', "key x")):
+        config.write_text(bad)
+        with pytest.raises(ValueError, match=says):
+            load_semantic(str(tmp_path))
+    config.write_text(good.replace("13", "12"))
+    with pytest.raises(ValueError, match=r"semantic\.safetensors.*not 36 wide"):
+        load_semantic(str(tmp_path))
+    config.write_text(good)
+    tensors = tmp_path / "semantic.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"semantic\.safetensors: damaged"):
+        load_semantic(str(tmp_path))
+
+
+def test_collapse_repeats():
+    tokens = torch.tensor([5, 5, 9, 9, 9, 5, 1])
+    assert collapse_repeats(tokens).tolist() == [5, 9, 5, 1]
+    assert tokens.tolist() == [5, 5, 9, 9, 9, 5, 1]
+    assert collapse_repeats(torch.tensor([], dtype=torch.int64)).tolist() == []
+
+
+def blobs(num_blobs=8, per_blob=50):
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(num_blobs, 4, generator=generator)
+    points = centres.repeat_interleave(per_blob, 0)
+    return centres, points + 0.01 * torch.randn(points.shape, generator=generator)
+
+
+def test_kmeans_finds_well_separated_blobs():
+    centres, points = blobs()
+    centroids, inertia = kmeans(points, 8, seed=3)
+    assert torch.cdist(centres, centroids).min(1).values.max() < 0.05
+    expected = (points - centroids[nearest_centroid(points, centroids)]).square().sum(1).mean()
+    assert inertia == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(kmeans(points, 8, seed=3)[0], centroids)
+
+
+def test_kmeans_reseeds_dead_centroids(monkeypatch):
+    _, points = blobs()
+    far = torch.full((8, 4), 1e4) + torch.arange(8.0)[:, None]
+    monkeypatch.setattr(fit_kmeans, "_seed_centroids", lambda *_: far.clone())
+    centroids, _ = kmeans(points, 8)
+    assert nearest_centroid(points, centroids).unique().numel() == 8
+
+
+def test_kmeans_inertia_falls_with_more_iterations_and_tokens():
+    points = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
+    one, many = kmeans(points, 16, num_iterations=1)[1], kmeans(points, 16, num_iterations=30)[1]
+    assert many < one
+    assert kmeans(points, 64)[1] < many
+
+
+def test_kmeans_refuses_more_tokens_than_frames():
+    with pytest.raises(ValueError, match="too few"):
+        kmeans(torch.randn(5, 3), 10)
+    with pytest.raises(ValueError, match="too alike"):
+        kmeans(torch.ones(50, 3), 10)
+
+
+def run_main(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["fit_kmeans", *map(str, args)])
+    fit_kmeans.main()
+
+
+def test_fit_from_a_folder_of_recordings(tmp_path, monkeypatch, capsys):
+    (tmp_path / "audio").mkdir()
+    for i in range(3):
+        path = tmp_path / f"audio/{i}.wav"
+        soundfile.write(path, noise(16_000, seed=i)[0, 0].numpy(), 16_000)
+    (tmp_path / "audio/bad.wav").write_text("x")
+    args = ("--audio", tmp_path / "audio", "--num-tokens", 10, "--out")
+    run_main(monkeypatch, *args, tmp_path / "a")
+    output = capsys.readouterr()
+    assert "left out" in output.err
+    assert "tokens_used          10" in output.out
+    run_main(monkeypatch, *args, tmp_path / "b")
+    a, b = (load_semantic(str(tmp_path / name)) for name in "ab")
+    assert a.fingerprint == b.fingerprint
+    features = a.features(noise(16_000))[0]
+    assert ((features - a.mean) / a.std).mean().abs() < 0.1
+
+    with pytest.raises(ValueError, match=r"already exists; .*--force"):
+        run_main(monkeypatch, *args, tmp_path / "a")
+    run_main(monkeypatch, *args, tmp_path / "a", "--force", "--seed", 1)
+    assert load_semantic(str(tmp_path / "a")).fingerprint != b.fingerprint
+    with pytest.raises(ValueError, match="no recording has split 'train'"):
+        run_main(monkeypatch, *args, tmp_path / "c", "--split", "train")
+    with pytest.raises(ValueError, match="hubert_bass: unknown"):
+        run_main(monkeypatch, *args, tmp_path / "c", "--features", "hubert_bass")
+
+
+def test_the_shipped_tokenizer_loads_and_uses_its_tokens():
+    tokenizer = load_semantic(str(Path(__file__).parent.parent / "pretrained/semantic_mfcc"))
+    assert (tokenizer.num_tokens, tokenizer.sample_rate, tokenizer.frame_rate) == (500, 16_000, 50)
+    wav = torch.cat([scale * noise(16_000, seed=3) for scale in (1e-3, 0.1, 1.0)], dim=2)
+    assert tokenizer.encode(wav).unique().numel() > 5
