@@ -1,0 +1,184 @@
+"""Checkpoints: a folder of safetensors and one JSON, whole or absent.
+
+    runs/a/config.yaml                              the resolved configuration
+    runs/a/checkpoints/step-00001000/model.safetensors      weights
+                                     ema.safetensors        averaged weights, used for sampling
+                                     optimizer.safetensors  moments, one tensor per parameter
+                                     state.json             everything else, and the files' sizes
+
+A checkpoint is written beside its final name and renamed when it is complete on disk.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.files import atomic_write, fsync_folder
+from configs.schema import ModelConfig
+from model.attend import resolve
+from model.optim import EMA, load_optimizer_tensors, optimizer_tensors
+from model.stages import Stage, stage_spec
+
+STATE = "state.json"
+
+
+def checkpoint_folder(run: str | Path, step: int) -> Path:
+    return Path(run) / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    run: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> Path:
+    """Write `tensors` ({file stem: {name: tensor}}) and `state` as the checkpoint of `step`."""
+    final = checkpoint_folder(run, step)
+    temporary = final.with_name(f".{final.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        sizes = {}
+        for stem, named in tensors.items():
+            path = temporary / f"{stem}.safetensors"
+            save_file({name: t.detach().cpu().contiguous() for name, t in named.items()}, path)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        with atomic_write(temporary / STATE) as file:
+            json.dump({**state, "step": step, "files": sizes}, file, indent=1)
+        if final.exists():  # the same step saved again, after a resume: keep the newer one
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        fsync_folder(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((Path(run) / "checkpoints").glob("step-*"))
+
+
+def rotate_checkpoints(run: str | Path, num_kept: int, best_step: int | None) -> None:
+    """Delete all but the newest `num_kept` checkpoints and the best one."""
+    best = None if best_step is None else checkpoint_folder(run, best_step)
+    for folder in list_checkpoints(run)[: -num_kept or None]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None: every file is there in its full size."""
+    try:
+        sizes = json.loads((folder / STATE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE} is missing or unreadable"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return None
+
+
+def find_checkpoint(run: str | Path, prefer_best: bool = False) -> Path:
+    """The newest checkpoint of a run folder (or its best; or `run` itself if it is a checkpoint).
+
+    ValueError: no run there, no checkpoint yet, or a damaged one, naming the last whole one.
+    """
+    run = Path(run)
+    if (run / STATE).is_file() or run.name.startswith("step-"):
+        found = run
+    else:
+        if not run.is_dir():
+            raise ValueError(f"{run}: no such run folder")
+        folders = list_checkpoints(run)
+        if not folders:
+            raise ValueError(f"{run}: holds no checkpoint (looked for checkpoints/step-*)")
+        found = folders[-1]
+        if prefer_best and damage(found) is None:
+            best = read_state(found).get("best_step")
+            if best is not None and checkpoint_folder(run, best).is_dir():
+                found = checkpoint_folder(run, best)
+    if problem := damage(found):
+        whole = [f for f in list_checkpoints(found.parent.parent) if f != found and not damage(f)]
+        remedy = f"the last whole one is {whole[-1]}" if whole else "no other checkpoint is whole"
+        raise ValueError(f"{found}: damaged checkpoint, {problem}; remove it: {remedy}")
+    return found
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint. ValueError if it cannot be read."""
+    path = folder / f"{stem}.safetensors"
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+
+
+def training_tensors(
+    stage: Stage, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict[str, dict[str, Tensor]]:
+    """Everything tensor-valued that a resumed run needs, as `save_checkpoint` takes it."""
+    tensors = {"model": stage.state_dict(), "optimizer": optimizer_tensors(optimizer, stage)}
+    return tensors if ema is None else {**tensors, "ema": ema.shadow}
+
+
+def load_training(
+    folder: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict[str, Any]:
+    """The inverse of `training_tensors`, in place; returns the checkpoint's state."""
+    state = read_state(folder)
+    try:
+        stage.load_state_dict(read_tensors(folder, "model"))
+    except RuntimeError:
+        raise ValueError(
+            f"{folder}: its model is not the configured one; restore the run's config or choose "
+            "another out="
+        ) from None
+    load_optimizer_tensors(optimizer, stage, read_tensors(folder, "optimizer"))
+    if ema is not None and "ema.safetensors" in state["files"]:
+        ema.load(read_tensors(folder, "ema"), state["step"])
+    return state
+
+
+def load_stage(
+    run: str | Path, device: torch.device | str = "cpu", backend: str = "auto"
+) -> tuple[Stage, dict[str, Any]]:
+    """A trained stage in eval mode, with its averaged weights, and its checkpoint's state.
+
+    `run` is a run folder (its best checkpoint is taken) or one checkpoint.
+    """
+    folder = find_checkpoint(run, prefer_best=True)
+    state = read_state(folder)
+    config = ModelConfig(**state["model"])
+    attention = resolve(torch.device(device), torch.float32, config.head_dim, backend)
+    stage = Stage(stage_spec(**state["spec"]), config, attention)
+    weights = "ema" if "ema.safetensors" in state["files"] else "model"
+    stage.load_state_dict(read_tensors(folder, weights))
+    return stage.to(device).eval(), {**state, "path": str(folder)}
+
+
+def check_same_tokenizers(states: dict[str, dict[str, Any]]) -> None:
+    """ValueError if checkpoints ({run: state}) were trained on tokens of different tokenizers."""
+    (first, reference), *others = states.items()
+    for run, state in others:
+        for kind in ("codec", "semantic"):
+            ours, theirs = reference["tokenizers"][kind], state["tokenizers"][kind]
+            if ours["fingerprint"] != theirs["fingerprint"]:
+                raise ValueError(
+                    f"{first} and {run} do not belong together: their {kind} tokenizers differ "
+                    f"({ours['name']} {ours['fingerprint']} and "
+                    f"{theirs['name']} {theirs['fingerprint']})"
+                )

@@ -1,0 +1,116 @@
+"""The optimiser, its learning rate, and the averaged weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from configs.schema import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices, none on norms and embeddings."""
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.ndim >= 2 and p not in embeddings]
+    others = [p for p in model.parameters() if p.ndim < 2 or p in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """The rate of the `step`-th update (from 0): linear warm-up, then cosine or constant + decay.
+
+    cosine reaches min_lr_share * lr at the last step; wsd stays at lr and falls there linearly
+    over the last decay_share of the steps (Hu et al. 2024).
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        decay_steps = max(1, round(config.decay_share * num_steps))
+        share = min(1.0, (num_steps - 1 - step) / decay_steps)
+    return config.lr * (config.min_lr_share + (1 - config.min_lr_share) * share)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state, named after the parameters: {"exp_avg/blocks.0...": tensor}."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{key}/{names[p]}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        p = parameters[name]
+        # Fused AdamW keeps its step counter on the parameter's device, as fp32.
+        optimizer.state[p][kind] = value.to(p.device, torch.float32 if kind == "step" else p.dtype)
+
+
+class EMA:
+    """An exponential moving average of a model's parameters, in fp32.
+
+    The decay grows from 0.1 as (1 + n) / (10 + n) until it reaches `decay`, so that short runs do
+    not sample from their initialisation.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self.shadow = {n: p.detach().float().clone() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        parameters = [p.detach().float() for p in model.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - decay)
+
+    def load(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Continue from saved averages."""
+        self.num_updates = num_updates
+        for name, average in self.shadow.items():
+            average.copy_(tensors[name])
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model holds the averaged weights; afterwards its own again."""
+        own = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self._copy(self.shadow, model)
+        try:
+            yield
+        finally:
+            self._copy(own, model)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(tensors: dict[str, Tensor], model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() and no gradients inside; afterwards every submodule is back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,49 @@
+"""Samples during training, from one stage alone: what it would write, given real conditions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.codec import Codec
+from model.sampling import Sampling, generate
+from model.stages import Stage
+
+
+@dataclass(frozen=True)
+class Preview:
+    """codes [K,T] as the codec takes them, and as wav [1,L]; None of both for semantic tokens,
+    which nothing here turns into sound."""
+
+    tokens: Tensor
+    wav: Tensor | None
+
+
+def preview(
+    stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None, max_frames: int
+) -> list[Preview]:
+    """Sample one clip for each (semantic [T_s], codes [K,T]) of `clips`, at seeds 0, 1, ...
+
+    The stage reads the clip's own condition; the fine stage's coarse codes are the clip's too, the
+    coarse stage's output is decoded alone, with the codebooks it has.
+    """
+    streams = [stage.spec.streams(*clip) for clip in clips]
+    limits = [min(max_frames, target.shape[1]) for _, target in streams]
+    conditions = [None if c is None else c[:, :max_frames] for c, _ in streams]
+    empty = torch.empty(stage.layout.num_codebooks, 0, dtype=torch.long)
+    tokens = generate(
+        stage,
+        conditions,
+        [empty] * len(clips),
+        limits,
+        list(range(len(clips))),
+        Sampling(temperature=0.9, top_k=100),
+    )
+    if stage.spec.name == "semantic" or codec is None:
+        return [Preview(t, None) for t in tokens]
+    previews = []
+    for t, (_, codes) in zip(tokens, clips, strict=True):
+        if stage.spec.name == "fine":
+            t = torch.cat([codes[: stage.spec.codebooks[0], : t.shape[1]], t])
+        previews.append(Preview(t, codec.decode(t[None])[0]))  # [1,K,T] -> [1,1,L] -> [1,L]
+    return previews

@@ -1,0 +1,91 @@
+"""What a run says of itself: log.jsonl, one progress line in a terminal, wandb where asked for."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from configs.schema import RunConfig
+
+PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions and git commit, for the log's first line."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"device": device_name(device), "versions": versions, "commit": commit}
+
+
+class RunLog:
+    """Appends to log.jsonl, moves the progress line, forwards numbers to wandb. Silent but on the
+    main process."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, first_step: int):
+        self.accelerator, self.path = accelerator, Path(config.out) / "log.jsonl"
+        self.bar = None
+        if accelerator.is_main_process and sys.stderr.isatty():
+            total = config.train.steps
+            self.bar = tqdm(total=total, initial=first_step, desc=config.stage, unit="step")
+        if config.wandb.mode != "off":
+            options = {"wandb": {"mode": config.wandb.mode, "dir": config.out}}
+            accelerator.init_trackers(config.wandb.project, asdict(config), options)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """One line of log.jsonl; numbers of "train" and "valid" lines go to wandb as well."""
+        if not self.accelerator.is_main_process:
+            return
+        line = json.dumps({"kind": kind, **values, "time": time.time()})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if kind in ("train", "valid"):
+            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.accelerator.log(numbers, step=values["step"])
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line in the terminal, above the progress line."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.accelerator.end_training()

@@ -1,0 +1,269 @@
+"""Training: it learns, it repeats itself to the bit, it resumes as if nothing had happened."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tokens import CODEC, write_tokens
+
+import train as train_module
+from configs.load import load_config
+from configs.schema import OptimConfig, RunConfig
+from model.checkpoint import damage, find_checkpoint, list_checkpoints, read_tensors
+from model.optim import EMA, evaluating, learning_rate, make_optimizer
+from model.stages import STAGES
+from train import Training, train
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in the same order on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def config(tokens, out, *overrides, stage="coarse"):
+    return load_config(
+        RunConfig,
+        None,
+        [
+            f"stage={stage}",
+            f"out={out}",
+            f"data.tokens={tokens}",
+            "data.crop_seconds=0.4",
+            "num_coarse=2",
+            "model={dim: 32, num_layers: 2, num_heads: 4, head_dim: 8}",
+            "optim={lr: 0.01, warmup_steps: 3, ema_decay: 0.9}",
+            "train={steps: 12, batch_size: 8, log_every: 2, valid_every: 6, save_every: 4}",
+            *overrides,
+        ],
+    )
+
+
+def log_lines(out, *kinds):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] in kinds]
+
+
+def losses(out):
+    """{(kind, step): loss}, the last value of each."""
+    return {(x["kind"], x["step"]): x["loss"] for x in log_lines(out, "train", "valid")}
+
+
+def weights(out, stem="model"):
+    return read_tensors(find_checkpoint(out), stem)
+
+
+def assert_same_run(a, b):
+    assert losses(a) == losses(b)
+    for stem in ("model", "ema", "optimizer"):
+        ours, theirs = weights(a, stem), weights(b, stem)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), stem
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_learns_and_logs(stage, tokens, tmp_path):
+    train(config(tokens, tmp_path / "run", "train.steps=60", "train.valid_every=20", stage=stage))
+    first, last = log_lines(tmp_path / "run", "start", "valid")[:: 3]
+    assert last["bits_per_second"] < 0.75 * first["unigram"]["bits_per_second"]
+    assert first["unigram"]["bits_per_second"] <= first["uniform"]["bits_per_second"] + 1
+    assert len(last["per_codebook"]) == len(first["codebooks"])
+    line = log_lines(tmp_path / "run", "train")[-1]
+    for key in ("tokens_per_second", "mfu", "data_wait", "peak_memory_gib", "lr", "grad_norm"):
+        assert key in line
+    mean = sum(last["per_codebook"]) / len(last["per_codebook"])
+    assert last["loss"] == pytest.approx(mean, rel=0.2)
+
+
+def test_golden_losses(tokens, tmp_path):
+    """A refactor must reproduce these. UPDATE_GOLDEN=1 rewrites them: say why in the commit."""
+    found = {}
+    for stage in STAGES:
+        train(config(tokens, tmp_path / stage, stage=stage))
+        found[stage] = {f"{k} {s}": round(v, 6) for (k, s), v in losses(tmp_path / stage).items()}
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert found.keys() == golden.keys()
+    for stage, expected in golden.items():
+        assert found[stage] == pytest.approx(expected, abs=2e-5), stage
+
+
+def test_interrupted_equals_uninterrupted(tokens, tmp_path, monkeypatch):
+    """SIGTERM in the middle of a step, between two log lines; and once more."""
+    train(config(tokens, tmp_path / "whole"))
+    update = Training.update
+    for at in (5, 9):
+        calls = {"n": 0}
+
+        def interrupted(run, batches, at=at, calls=calls):
+            if run.step + 1 == at and not calls["n"]:
+                calls["n"] = 1
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(run, batches)
+
+        monkeypatch.setattr(Training, "update", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train(config(tokens, tmp_path / "parts"), resume=True)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert find_checkpoint(tmp_path / "parts").name == f"step-{at:08d}"
+    monkeypatch.setattr(Training, "update", update)
+    train(config(tokens, tmp_path / "parts"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_crashed_equals_uninterrupted(tokens, tmp_path, monkeypatch):
+    """A crash between checkpoints: the steps since the last one are made again, alike."""
+    dropout = "model.dropout=0.2"
+    train(config(tokens, tmp_path / "whole", dropout))
+    update = Training.update
+
+    def crash(run, batches):
+        if run.step == 7:
+            raise RuntimeError("out of luck")
+        return update(run, batches)
+
+    monkeypatch.setattr(Training, "update", crash)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(config(tokens, tmp_path / "parts", dropout))
+    monkeypatch.setattr(Training, "update", update)
+    train(config(tokens, tmp_path / "parts", dropout), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_micro_batches_equal_one_big_batch(tokens, tmp_path):
+    """Clips of many lengths: only a normalisation by tokens gives the same gradient."""
+    for k in (1, 4):
+        changes = ("train.steps=4", f"train.num_micro_batches={k}", "data.crop_seconds=1.0")
+        train(config(tokens, tmp_path / str(k), *changes))
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], atol=2e-5, rtol=1e-3)
+
+
+def test_validation_is_whole_and_leaves_the_mode_alone(tokens, tmp_path):
+    cfg = config(tokens, tmp_path / "run", "train.batch_size=4", "model.dropout=0.3")
+    run = Training(cfg, train_module.Accelerator(), resume=False)
+    run.stage.transformer.blocks[0].eval()  # a mode somebody chose
+    modes = [module.training for module in run.stage.modules()]
+    before = {name: p.clone() for name, p in run.stage.named_parameters()}
+    _, loader = run.loaders()
+    whole = run.validate(loader)
+    assert [module.training for module in run.stage.modules()] == modes
+    assert all(torch.equal(p, before[n]) for n, p in run.stage.named_parameters())
+    counted = sum(batch.num_targets for batch, _ in loader)
+    clips = run.folder.clips("valid")
+    assert counted == sum(2 * clip.num_frames + 1 for clip in clips)  # 2 codebooks, an EOS a clip
+    assert run.validate(loader) == whole
+
+
+def test_evaluating_restores_modes_after_an_error():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not model.training
+        raise RuntimeError
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_a_run_is_never_overwritten(tokens, tmp_path):
+    out = tmp_path / "run"
+    train(config(tokens, out, "train.steps=4"))
+    before = (out / "log.jsonl").read_text()
+    with pytest.raises(ValueError, match="not empty: continue it with --resume"):
+        train(config(tokens, out, "train.steps=4"))
+    run = train(config(tokens, out, "train.steps=4"), resume=True)
+    assert run.step == 4
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_rotation_keeps_the_best_and_the_newest(tokens, tmp_path):
+    changes = ("train.steps=12", "train.save_every=1", "train.num_kept=2", "optim.lr=3.0")
+    run = train(config(tokens, tmp_path / "run", *changes))
+    kept = {int(folder.name[5:]) for folder in list_checkpoints(tmp_path / "run")}
+    assert kept == {11, 12, run.best_step}
+
+
+def test_a_damaged_checkpoint_names_the_last_whole_one(tokens, tmp_path):
+    out = tmp_path / "run"
+    train(config(tokens, out))
+    newest = list_checkpoints(out)[-1]
+    assert damage(newest) is None
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors has .* last whole one is .*step-0"):
+        train(config(tokens, out, "train.steps=14"), resume=True)
+
+
+def test_tokens_of_another_codec_are_refused(tokens, tmp_path):
+    out = tmp_path / "run"
+    train(config(tokens, out, "train.steps=2"))
+    (tmp_path / "other").mkdir()
+    other = write_tokens(tmp_path / "other", codec={**CODEC, "fingerprint": "0ther"})
+    with pytest.raises(ValueError, match=r"c0dec.*0ther"):
+        train(config(other, out, "train.steps=4"), resume=True)
+
+
+def test_another_model_cannot_be_resumed(tokens, tmp_path):
+    train(config(tokens, tmp_path / "run", "train.steps=2"))
+    with pytest.raises(ValueError, match="not the configured one"):
+        train(config(tokens, tmp_path / "run", "model.dim=16", "train.steps=4"), resume=True)
+
+
+def test_learning_rates():
+    cosine = OptimConfig(lr=1.0, warmup_steps=10, min_lr_share=0.1)
+    rates = [learning_rate(step, 100, cosine) for step in range(100)]
+    assert rates[:2] == [0.1, 0.2]
+    assert max(rates) == rates[10] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    wsd = OptimConfig(lr=1.0, warmup_steps=10, schedule="wsd", decay_share=0.2, min_lr_share=0.0)
+    rates = [learning_rate(step, 100, wsd) for step in range(100)]
+    assert rates[10] == rates[79] == 1.0
+    assert rates[89] == pytest.approx(0.5)
+    assert rates[-1] == 0.0
+
+
+def test_decay_spares_norms_and_embeddings():
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.RMSNorm(4), torch.nn.Linear(4, 2))
+    decayed, others = make_optimizer(model, OptimConfig()).param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(2, 4)]
+    assert decayed["weight_decay"] == 0.1
+    assert others["weight_decay"] == 0.0
+    assert len(others["params"]) == 3
+
+
+def test_ema_averages_and_gives_the_weights_back():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema.update(model)  # decay 2/11
+    with ema.applied_to(model):
+        assert model.weight.item() == pytest.approx(9 / 11)
+    assert model.weight.item() == 1.0
+
+
+def test_samples_are_written_during_training(tokens, tmp_path):
+    train(config(tokens, tmp_path / "run", "train.sample_every=6", stage="semantic"))
+    files = sorted(path.name for path in (tmp_path / "run/samples/step-00000012").iterdir())
+    assert len(files) == 2
+    made = json.loads((tmp_path / "run/samples/step-00000012" / files[0]).read_text())
+    assert len(made["tokens"][0]) > 0
+
+
+def test_wandb_offline_leaves_a_run_on_disk(tokens, tmp_path):
+    train(config(tokens, tmp_path / "run", "wandb.mode=offline", "train.steps=4"))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,400 @@
+"""Train one stage. From disk to loss, forward only:
+
+1. data/dataset.py cuts crops of tokens out of the memory-mapped shards: a Batch.
+2. model/layouts.py turns them into input ids and targets: Sequences.
+3. model/stages.py runs the transformer and sums the cross-entropy of each codebook.
+4. `Training.update` divides by the targets of the whole global batch, clips and steps.
+
+Everything random is a function of (seed, step, process), so a resumed run is the run itself.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from configs.files import atomic_write
+from configs.load import load_config, save_config
+from configs.schema import RunConfig
+from data.audio import save_audio
+from data.baselines import baselines
+from data.dataset import Batch, TrainBatches, ValidBatches, make_loader, mix
+from data.shards import TokenFolder
+from model.attend import resolve
+from model.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_training,
+    rotate_checkpoints,
+    save_checkpoint,
+    training_tensors,
+)
+from model.codec import load_codec
+from model.layouts import Sequences
+from model.optim import EMA, evaluating, learning_rate, make_optimizer
+from model.preview import preview
+from model.stages import Stage, StageSpec, stage_spec
+from scripts.cli import make_parser, run_cli
+from scripts.run_log import RunLog, environment, peak_flops
+
+EXAMPLES = """\
+  python train.py --config configs/semantic_small.yaml data.tokens=tokens/mine out=runs/a
+  accelerate launch train.py --config configs/coarse_small.yaml data.tokens=tokens/mine out=runs/b
+  accelerate launch train.py --config configs/coarse_small.yaml out=runs/b --resume
+  python train.py --config configs/demo_semantic.yaml train.steps=20 out=runs/try"""
+
+
+def encode(spec: StageSpec, collapse: bool, batch: Batch) -> tuple[Sequences, int]:
+    """A Batch -> its Sequences and its codec frames; run by the loader, off the training loop."""
+    sequences = spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
+    return sequences, int((batch.codes[:, 0] >= 0).sum())
+
+
+class Meter:
+    """Sums since they were last read: nats and targets per codebook, codec frames, places."""
+
+    def __init__(self, num_codebooks: int, device: torch.device):
+        self.nats = torch.zeros(num_codebooks, device=device)  # summed on the device: no host sync
+        self.counts = [0] * (num_codebooks + 2)  # targets per codebook, codec frames, places
+
+    def add(self, nats: torch.Tensor, batch: Sequences, num_frames: int) -> None:
+        self.nats += nats.detach()
+        new = (*(len(t) for t in batch.targets), num_frames, batch.num_places)
+        self.counts = [old + n for old, n in zip(self.counts, new, strict=True)]
+
+    def read(self, process: Accelerator, frame_rate: float) -> dict:
+        """Means over all processes: nats per token (of each codebook), bits per second of audio."""
+        counts = torch.tensor(self.counts, device=process.device, dtype=torch.float64)
+        nats, counts = self.nats.double(), counts
+        if process.num_processes > 1:
+            nats, counts = process.reduce(nats), process.reduce(counts)
+        *targets, frames, places = counts.tolist()
+        nats = nats.tolist()
+        return {
+            "loss": sum(nats) / max(1.0, sum(targets)),
+            "per_codebook": [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)],
+            "bits_per_second": sum(nats) / math.log(2) / max(1.0, frames) * frame_rate,
+            "places": int(places),
+        }
+
+
+class Training:
+    """One run: what it holds, and what it does at a step."""
+
+    def __init__(self, config: RunConfig, process: Accelerator, resume: bool):
+        self.config, self.process, self.out = config, process, Path(config.out)
+        checkpoints = list_checkpoints(self.out)
+        if not resume and self.out.is_dir() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty: continue it with --resume, or set out=...")
+        self.folder = TokenFolder(config.data.tokens)
+        codec, semantic = self.folder.codec, self.folder.semantic
+        self.frame_rate = float(codec["frame_rate"])
+        self.spec_state = {
+            "name": config.stage,
+            "num_semantic": semantic["num_tokens"],
+            "num_codebooks": codec["num_codebooks"],
+            "codebook_size": codec["codebook_size"],
+            "num_coarse": config.num_coarse,
+        }
+        self.spec = stage_spec(**self.spec_state)
+        dtype = torch.bfloat16 if process.mixed_precision == "bf16" else torch.float32
+        head_dim, backend = config.model.head_dim, config.attention.backend
+        uses_dropout = config.model.dropout > 0
+        self.attention = resolve(process.device, dtype, head_dim, backend, has_dropout=uses_dropout)
+        torch.manual_seed(config.train.seed)
+        self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
+        self.optimizer = make_optimizer(self.stage, config.optim)
+        self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
+        decodes = config.train.sample_every and config.stage != "semantic"
+        self.codec = load_codec(codec["name"], process.device) if decodes else None
+        self.step, self.best_step, self.best_loss, self.stopping = 0, None, math.inf, None
+        self.meter = Meter(self.spec.layout.num_codebooks, process.device)
+        if resume and checkpoints:
+            self.load(find_checkpoint(self.out))
+        if config.train.compile:
+            self.stage.transformer.compile()
+        self.model, self.updater = process.prepare(self.stage, self.optimizer)
+
+    def load(self, found: Path) -> None:
+        """Continue from a checkpoint. ValueError if it is not one of this configuration's."""
+        state = load_training(found, self.stage, self.optimizer, self.ema)
+        for kind in ("codec", "semantic"):
+            ours, theirs = self.folder.header[kind], state["tokenizers"][kind]
+            if ours["fingerprint"] != theirs["fingerprint"]:
+                raise ValueError(
+                    f"{found} was trained on tokens of the {kind} tokenizer {theirs['name']} "
+                    f"({theirs['fingerprint']}), but {self.config.data.tokens} holds those of "
+                    f"{ours['name']} ({ours['fingerprint']}); set data.tokens or out"
+                )
+        self.step, self.best_step = state["step"], state["best_step"]
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        if self.process.is_main_process:  # the saved sums are those of all processes
+            self.meter.nats += torch.tensor(state["meter"]["nats"], device=self.process.device)
+            self.meter.counts = state["meter"]["counts"]
+
+    def loaders(self) -> tuple[DataLoader, DataLoader]:
+        """(endless micro-batches from the current step on, the whole validation split)."""
+        train, data, process = self.config.train, self.config.data, self.process
+        transform = partial(encode, self.spec, data.collapse_semantic)
+        share = {"rank": process.process_index, "world": process.num_processes}
+        batches = TrainBatches(
+            self.folder,
+            seed=train.seed,
+            crop_seconds=data.crop_seconds,
+            batch_size_global=train.batch_size,
+            num_micro=train.num_micro_batches,
+            start_step=self.step,
+            **share,
+        )
+        size = train.batch_size // (process.num_processes * train.num_micro_batches)
+        valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
+        return make_loader(batches, data.num_workers, transform), make_loader(valid, 0, transform)
+
+    def update(self, micro_batches: list[tuple[Sequences, int]]) -> torch.Tensor:
+        """One optimiser step on this process's micro-batches; returns the gradient's norm.
+
+        The loss is the global batch's nats over its targets: any number of micro-batches and
+        processes gives the gradient of one big batch, whatever the lengths in each.
+        """
+        process, train = self.process, self.config.train
+        total = sum(batch.num_targets for batch, _ in micro_batches)
+        if process.num_processes > 1:  # all stop at the same step, whoever got the signal
+            sums = torch.tensor([total, self.stopping or 0], device=process.device)
+            total, stopping = process.reduce(sums).tolist()
+            self.stopping = self.stopping or (signal.SIGTERM if stopping else None)
+        torch.manual_seed(mix(train.seed, self.step, process.process_index) >> 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, train.steps, self.config.optim)
+        for n, (batch, num_frames) in enumerate(micro_batches):
+            last = n == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else process.no_sync(self.model):
+                nats, _ = self.model(batch.to(process.device))
+                # DistributedDataParallel takes the mean over processes: undo it
+                process.backward(nats.sum() * (process.num_processes / total))
+            self.meter.add(nats, batch, num_frames)
+        norm = process.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        self.updater.step()
+        self.updater.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.stage)
+        self.step += 1
+        return norm
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Within it the stage holds its averaged weights."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied_to(self.stage)
+
+    def validate(self, loader: DataLoader) -> dict:
+        """The whole validation split, averaged weights; the model's mode is left as it was."""
+        meter = Meter(self.spec.layout.num_codebooks, self.process.device)
+        with evaluating(self.stage), self.averaged():
+            for batch, num_frames in loader:
+                nats, _ = self.stage(batch.to(self.process.device))
+                meter.add(nats, batch, num_frames)
+        return meter.read(self.process, self.frame_rate)
+
+    def sample(self) -> None:
+        """Write samples of fixed validation clips at fixed seeds: wav files, or semantic tokens."""
+        if not self.process.is_main_process:
+            return
+        train, folder = self.config.train, self.out / "samples" / f"step-{self.step:08d}"
+        clips = self.folder.clips("valid")[: train.num_samples]
+        tokens = [
+            tuple(torch.tensor(t.astype("int64")) for t in self.folder.read(c)) for c in clips
+        ]
+        max_frames = round(
+            min(train.sample_seconds, self.config.data.crop_seconds) * self.frame_rate
+        )
+        with evaluating(self.stage), self.averaged(), self.process.autocast():
+            previews = preview(self.stage, tokens, self.codec, max_frames)
+        for clip, made in zip(clips, previews, strict=True):
+            stem = Path(clip.name).stem
+            with atomic_write(folder / f"{stem}.json") as file:
+                json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
+            if made.wav is not None:
+                save_audio(folder / f"{stem}.wav", made.wav, self.codec.sample_rate)
+
+    def save(self) -> None:
+        """Write a checkpoint and drop old ones. Every process calls it; the main one writes."""
+        process = self.process
+        nats, counts = self.meter.nats, torch.tensor(self.meter.counts, device=process.device)
+        if process.num_processes > 1:
+            nats, counts = process.reduce(nats), process.reduce(counts)
+        if process.is_main_process:
+            state = {
+                "spec": self.spec_state,
+                "model": asdict(self.config.model),
+                "crop_seconds": self.config.data.crop_seconds,
+                "collapse_semantic": self.config.data.collapse_semantic,
+                "tokenizers": {kind: self.folder.header[kind] for kind in ("codec", "semantic")},
+                "best_step": self.best_step,
+                "best_loss": None if self.best_step is None else self.best_loss,
+                "meter": {"nats": nats.tolist(), "counts": counts.tolist()},
+            }
+            tensors = training_tensors(self.stage, self.optimizer, self.ema)
+            save_checkpoint(self.out, self.step, tensors, state)
+            rotate_checkpoints(self.out, self.config.train.num_kept, self.best_step)
+        process.wait_for_everyone()
+
+
+def start_line(run: Training) -> dict:
+    """The log's first line: what runs, where, and what its losses are to be measured against."""
+    names = run.spec.codebook_names
+    return {
+        "stage": run.config.stage,
+        "num_parameters": sum(p.numel() for p in run.stage.parameters()),
+        "codebooks": names,
+        **{name: asdict(b) for name, b in baselines(run.folder, names).items()},
+        "attention": str(run.attention),
+        **environment(run.process.device),
+    }
+
+
+def describe_start(line: dict, run: Training) -> str:
+    uniform, unigram = line["uniform"]["bits_per_second"], line["unigram"]["bits_per_second"]
+    return (
+        f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
+        f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
+        f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
+        "learns goes below both"
+    )
+
+
+def fit(run: Training) -> None:
+    """The loop: update, and every so often log, validate, sample, save."""
+    config, process, train = run.config, run.process, run.config.train
+    train_loader, valid_loader = run.loaders()
+    batches = iter(train_loader)
+    log = RunLog(config, process, run.step)
+    first = start_line(run) if process.is_main_process else {}
+    log.write("start", **first)
+    log.say(describe_start(first, run) if first else "")
+    since, waited = time.perf_counter(), 0.0
+    while run.step < train.steps and not run.stopping:
+        asked = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(train.num_micro_batches)]
+        waited += time.perf_counter() - asked
+        norm = run.update(micro_batches)
+        log.advance()
+        done = run.step == train.steps
+        if run.step % train.log_every == 0 or done:
+            elapsed = time.perf_counter() - since
+            log_train(run, log, norm, elapsed, waited / elapsed, micro_batches[0][0])
+            since, waited = time.perf_counter(), 0.0
+        paused, improved = time.perf_counter(), False
+        if run.step % train.valid_every == 0 or done:
+            improved = log_valid(run, log, run.validate(valid_loader))
+        if train.sample_every and (run.step % train.sample_every == 0 or done):
+            run.sample()
+        if run.step % train.save_every == 0 or improved or done or run.stopping:
+            run.save()
+        since += time.perf_counter() - paused  # throughput is that of training alone
+    if not run.stopping:
+        log.write("end", step=run.step)
+    log.close()
+
+
+def log_train(
+    run: Training, log: RunLog, norm: torch.Tensor, elapsed: float, wait: float, batch: Sequences
+) -> None:
+    """Read and reset the meter; one line for the log, one for the terminal."""
+    device = run.process.device
+    values = run.meter.read(run.process, run.frame_rate)
+    run.meter = Meter(run.spec.layout.num_codebooks, device)
+    if not math.isfinite(values["loss"]):
+        raise ValueError(
+            f"{run.out}: the loss is {values['loss']} at step {run.step}; continue from the last "
+            "checkpoint with --resume and a lower optim.lr, or model.qk_norm=true in a new run"
+        )
+    speed = values.pop("places") / elapsed
+    peak = peak_flops(device)
+    flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
+    mfu = None if peak is None else speed * flops / (peak * run.process.num_processes)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    log.write(
+        "train",
+        step=run.step,
+        **values,
+        tokens_per_second=speed,
+        mfu=mfu,
+        lr=run.optimizer.param_groups[0]["lr"],
+        grad_norm=float(norm),
+        data_wait=wait,
+        peak_memory_gib=memory,
+    )
+    shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {float(norm):.2f}"
+    log.say(
+        f"step {run.step:>6}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
+        f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}"
+    )
+
+
+def log_valid(run: Training, log: RunLog, values: dict) -> bool:
+    """Log a validation; True if it is the best so far."""
+    values.pop("places")
+    improved = values["loss"] < run.best_loss
+    if improved:
+        run.best_step, run.best_loss = run.step, values["loss"]
+    log.write("valid", step=run.step, **values)
+    per_codebook = " ".join(f"{nats:.3f}" for nats in values["per_codebook"])
+    log.say(
+        f"valid {run.step:>5}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
+        f"per codebook {per_codebook}{'  best' if improved else ''}"
+    )
+    return improved
+
+
+def train(config: RunConfig, resume: bool = False) -> Training:
+    """Run `config` to its end, or until a signal; returns the run."""
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
+    process = Accelerator(
+        mixed_precision="bf16" if wanted else "no",
+        log_with=None if config.wandb.mode == "off" else "wandb",
+    )
+    run = Training(config, process, resume)
+    if run.step >= config.train.steps:
+        process.print(f"{run.out}: already finished, {run.step} steps")
+        return run
+    if run.step:
+        process.print(f"{run.out}: resuming at step {run.step}")
+    if process.is_main_process:
+        save_config(config, run.out / "config.yaml")
+
+    def stop(number: int, _: object) -> None:
+        run.stopping = number
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        fit(run)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if run.stopping:
+        process.print(
+            f"stopped and saved at step {run.step}; the same command with --resume goes on"
+        )
+        sys.exit(128 + run.stopping)
+    return run
+
+
+def main() -> None:
+    parser = make_parser(__doc__.split("\n")[0], EXAMPLES)
+    parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
+    parser.add_argument("--resume", action="store_true", help="continue out=..., if it was begun")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    train(load_config(RunConfig, arguments.config, arguments.overrides), arguments.resume)
+
+
+if __name__ == "__main__":
+    run_cli(main)
