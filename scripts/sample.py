@@ -1,0 +1,383 @@
+"""Sample audio from trained stages: from nothing, on from a recording, or from its semantic tokens.
+
+semantic -> coarse -> fine -> codec.decode -> wav       (or semantic -> acoustic -> ...)
+"""
+
+import json
+import math
+import shlex
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.files import atomic_write
+from data.audio import load_audio, save_audio
+from data.dataset import mix
+from model.checkpoint import check_same_tokenizers, load_stage
+from model.codec import Codec, load_codec
+from model.sampling import Sampling, generate_windows
+from model.semantic import SemanticTokenizer, load_semantic
+from model.stages import STAGES, Stage
+from scripts.cli import make_parser, run_cli
+from scripts.run_log import environment
+
+EXAMPLES = """\
+  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c --out out.wav
+  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c \\
+      --prompt x.wav --prompt-seconds 3 --seconds 10 --num 4 --out out.wav
+  python -m scripts.sample --coarse runs/b --fine runs/c --resynthesize x.wav --out out.wav
+  python -m scripts.sample --semantic runs/a --acoustic runs/d --top-k 100 \\
+      --temperature semantic=0.8 acoustic=1 --out out.wav"""
+
+# AudioLM's temperatures (Borsos et al. 2023, section IV); the acoustic stage takes coarse's
+DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic": 0.8}
+OVERLAP = 0.25  # of a window, repeated from the one before, where a clip outgrows the context
+
+
+@dataclass
+class Models:
+    """The stages that were given, their checkpoints' states, and the tokenizers they share."""
+
+    stages: dict[str, Stage]
+    states: dict[str, dict]
+    codec: Codec
+    semantic: SemanticTokenizer | None  # only where a recording has to be encoded
+
+    @property
+    def any_state(self) -> dict:
+        return next(iter(self.states.values()))
+
+    @property
+    def semantic_rate(self) -> float:
+        """Semantic tokens per codec frame."""
+        return self.any_state["tokenizers"]["semantic"]["frame_rate"] / self.codec.frame_rate
+
+    def context_seconds(self, name: str) -> float:
+        return self.states[name]["crop_seconds"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A recording as tokens: semantic [T_s], codes [K,T]; `wav` [1,L] at the codec's rate."""
+
+    semantic: Tensor
+    codes: Tensor
+    wav: Tensor
+
+
+def required_stages(arguments: Namespace) -> list[str]:
+    """The stages this request runs, in order. ValueError names the one that is missing."""
+    given = [name for name in STAGES if getattr(arguments, name)]
+    wanted = [] if arguments.resynthesize else ["semantic"]
+    wanted += ["acoustic"] if "acoustic" in given else ["coarse", "fine"]
+    for name in wanted:
+        if name not in given:
+            also = " (or --acoustic RUN instead of both)" if name in ("coarse", "fine") else ""
+            raise ValueError(f"this request needs the {name} stage: add --{name} RUN{also}")
+    for name in given:
+        if name not in wanted:
+            raise ValueError(f"--{name} has no part in this request: leave it out")
+    return wanted
+
+
+def load_models(arguments: Namespace, device: torch.device) -> Models:
+    """Load stages and tokenizers, and refuse those that do not belong together."""
+    stages, states = {}, {}
+    for name in required_stages(arguments):
+        run = getattr(arguments, name)
+        stage, state = load_stage(run, device, arguments.attention)
+        if stage.spec.name != name:
+            raise ValueError(f"--{name} {run}: holds a {stage.spec.name} stage")
+        stages[name], states[name] = stage, state
+    check_same_tokenizers({getattr(arguments, name): states[name] for name in states})
+    expected = states[next(iter(states))]["tokenizers"]
+    codec = load_codec(arguments.codec or expected["codec"]["name"], device)
+    semantic = None
+    if arguments.prompt or arguments.resynthesize:
+        name = arguments.semantic_tokenizer or expected["semantic"]["name"]
+        semantic = load_semantic(name, device)
+    for kind, tokenizer in (("codec", codec), ("semantic", semantic)):
+        if tokenizer is not None and tokenizer.fingerprint != expected[kind]["fingerprint"]:
+            raise ValueError(
+                f"{tokenizer.name} ({tokenizer.fingerprint}) is not the {kind} tokenizer of "
+                f"these runs, {expected[kind]['name']} ({expected[kind]['fingerprint']}); "
+                f"pass it with {'--codec' if kind == 'codec' else '--semantic-tokenizer'}"
+            )
+    return Models(stages, states, codec, semantic)
+
+
+def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
+    """Read a recording, cut it to whole codec frames (and to its first `seconds`), tokenize it."""
+    codec, semantic = models.codec, models.semantic
+    wav = load_audio(path, codec.sample_rate)
+    wav = wav if seconds is None else wav[:, : round(seconds * codec.sample_rate)]
+    num_frames = wav.shape[1] // codec.hop_length
+    if num_frames == 0:
+        raise ValueError(f"{path}: shorter than one frame of {1 / codec.frame_rate:.3f} s")
+    wav = wav[:, : num_frames * codec.hop_length]  # a padded last frame would teach silence
+    other = load_audio(path, semantic.sample_rate)
+    other = other[:, : round(wav.shape[1] / codec.sample_rate * semantic.sample_rate)]
+    device = next(iter(models.stages.values())).embed.weight.device
+    codes = codec.encode(wav[None].to(device))[0].cpu()  # [1,1,L] -> [K,T]
+    return Prompt(semantic.encode(other[None].to(device))[0].cpu(), codes, wav)
+
+
+def check_prompt(path: str, prompt: Prompt, models: Models) -> None:
+    """ValueError if the semantic stage cannot hold the prompt and anything after it."""
+    seconds, context = (
+        prompt.codes.shape[1] / models.codec.frame_rate,
+        models.context_seconds("semantic"),
+    )
+    if seconds >= context:
+        raise ValueError(
+            f"{path}: {seconds:.1f} s, but the semantic stage was trained on {context:g} s at a "
+            f"time; take its beginning with --prompt-seconds {max(1, int(context / 2))}"
+        )
+
+
+class Progress:
+    """A bar per stage, in seconds of audio."""
+
+    def __init__(self, name: str, seconds: float, rate: float, num_clips: int):
+        self.rate, self.total = rate, seconds * num_clips
+        self.bar = tqdm(
+            total=round(self.total, 1),
+            desc=name,
+            unit="s",
+            bar_format="{desc:>8} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of audio "
+            "[{elapsed}<{remaining}]",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __call__(self, num_clips: int) -> None:
+        self.bar.update(min(num_clips / self.rate, self.total - self.bar.n))
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def run_stage(
+    models: Models,
+    name: str,
+    condition_of: Callable[[int, int, int], Tensor | None],
+    prompts: list[Tensor],
+    max_frames: list[int],
+    seeds: list[int],
+    sampling: Sampling,
+) -> list[Tensor]:
+    """One stage for all clips, in windows of the length it was trained on."""
+    semantic = name == "semantic"
+    rate = models.codec.frame_rate * (models.semantic_rate if semantic else 1)
+    window = max(2, round(models.context_seconds(name) * rate))
+    new = sum(n - p.shape[1] for n, p in zip(max_frames, prompts, strict=True)) / rate
+    progress = Progress(name, new / len(prompts), rate, len(prompts))
+    seeds = [mix(seed, STAGES.index(name)) >> 1 for seed in seeds]
+    try:
+        return generate_windows(
+            models.stages[name],
+            condition_of,
+            prompts,
+            max_frames,
+            seeds,
+            sampling,
+            window,
+            int(OVERLAP * window),
+            progress,
+        )
+    finally:
+        progress.close()
+
+
+@torch.no_grad()
+def generate_codes(
+    models: Models,
+    prompt: Prompt | None,
+    resynthesize: bool,
+    seconds: float,
+    seeds: list[int],
+    samplings: dict[str, Sampling],
+) -> list[Tensor]:
+    """All stages for `len(seeds)` clips: codes [K,T_n] each, a continued prompt included."""
+    N, ratio, frame_rate = len(seeds), models.semantic_rate, models.codec.frame_rate
+    K = models.codec.num_codebooks
+    semantic = torch.empty(0, dtype=torch.long) if prompt is None else prompt.semantic  # [T_s]
+    codes = torch.empty(K, 0, dtype=torch.long) if prompt is None else prompt.codes  # [K,T]
+    collapsed = models.any_state["collapse_semantic"]
+    if collapsed:
+        semantic = torch.unique_consecutive(semantic)
+    limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
+    if resynthesize:
+        semantics, limit = [semantic] * N, codes.shape[1]
+        codes = codes[:, :0]
+    else:
+        most = semantic.shape[0] + math.ceil(seconds * frame_rate * ratio)
+        made = run_stage(
+            models,
+            "semantic",
+            lambda *_: None,
+            [semantic[None]] * N,
+            [most] * N,
+            seeds,
+            samplings["semantic"],
+        )
+        semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
+
+    limits = [
+        limit if collapsed else min(limit, max(codes.shape[1] + 1, math.ceil(len(s) / ratio)))
+        for s in semantics
+    ]
+
+    def semantic_of(row: int, a: int, b: int) -> Tensor:
+        """The semantic tokens of codec frames [a, b): [1,T_s]."""
+        tokens = semantics[row]
+        if collapsed or b >= limits[row]:
+            return tokens[None] if collapsed else tokens[None, int(a * ratio) :]
+        return tokens[None, int(a * ratio) : math.ceil(b * ratio)]
+
+    def stage(name: str, condition_of: Callable, limits: list[int]) -> list[Tensor]:
+        first, last = models.stages[name].spec.codebooks
+        prompts = [codes[first:last]] * N
+        return run_stage(models, name, condition_of, prompts, limits, seeds, samplings[name])
+
+    if "acoustic" in models.stages:
+        return stage("acoustic", semantic_of, limits)
+    coarse = stage("coarse", semantic_of, limits)
+    fine = stage("fine", lambda row, a, b: coarse[row][:, a:b], [c.shape[1] for c in coarse])
+    return [torch.cat([c[:, : f.shape[1]], f]) for c, f in zip(coarse, fine, strict=True)]
+
+
+def per_stage(option: list[str] | None, default: dict, kind: type, flag: str) -> dict:
+    """`0.8` sets all stages, `coarse=0.7` one of them."""
+    values = dict(default)
+    for item in option or []:
+        name, equals, text = item.rpartition("=")
+        if equals and name not in values:
+            raise ValueError(f"{flag} {item}: the stages are {', '.join(values)}")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{flag} {item}: {text!r} is not a number") from None
+        values.update({name: value} if equals else dict.fromkeys(values, value))
+    return values
+
+
+def read_samplings(arguments: Namespace) -> dict[str, Sampling]:
+    def same(value: float) -> dict:
+        return dict.fromkeys(STAGES, value)
+
+    temperature = per_stage(arguments.temperature, DEFAULT_TEMPERATURES, float, "--temperature")
+    top_k = per_stage(arguments.top_k, same(0), int, "--top-k")
+    top_p = per_stage(arguments.top_p, same(1.0), float, "--top-p")
+    min_p = per_stage(arguments.min_p, same(0.0), float, "--min-p")
+    return {n: Sampling(temperature[n], top_k[n], top_p[n], min_p[n]) for n in STAGES}
+
+
+def write_clips(
+    arguments: Namespace, models: Models, prompt: Prompt | None, codes: list[Tensor], record: dict
+) -> list[Path]:
+    """Decode and write every clip, the prompt's original and reconstruction, and the JSON."""
+    codec, out = models.codec, Path(arguments.out)
+    device = next(codec.parameters()).device
+    files = (
+        [out] if len(codes) == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(len(codes))]
+    )
+    lengths = []
+    for path, clip in zip(files, codes, strict=True):
+        wav = codec.decode(clip[None].to(device))[0]  # [1,K,T] -> [1,L]
+        save_audio(path, wav, codec.sample_rate)
+        lengths.append(wav.shape[1] / codec.sample_rate)
+    record |= {"files": [path.name for path in files], "seconds": lengths}
+    source = arguments.prompt or arguments.resynthesize
+    if prompt is not None:
+        whole = load_audio(source, codec.sample_rate)
+        again = codec.decode(codec.encode(whole[None].to(device)), whole.shape[1])[0]
+        for key, wav in (("original", whole), ("reconstruction", again)):
+            record[key] = f"{out.stem}-{key}.wav"
+            save_audio(out.with_name(record[key]), wav, codec.sample_rate)
+        used = prompt.codes.shape[1] / codec.frame_rate
+        record["prompt"] = {"path": source, "seconds": used}
+    with atomic_write(out.with_suffix(".json")) as file:
+        json.dump(record, file, indent=1)
+    return files
+
+
+def sample(arguments: Namespace) -> list[Path]:
+    """The whole command: load, encode the prompt, run the stages, write. Returns the wav files."""
+    if arguments.prompt and arguments.resynthesize:
+        raise ValueError("--prompt continues a recording, --resynthesize repeats it: choose one")
+    if arguments.num < 1 or arguments.seconds <= 0:
+        raise ValueError("--num and --seconds must be positive")
+    samplings = read_samplings(arguments)
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    models = load_models(arguments, device)
+    print(next(iter(models.stages.values())).transformer.attention)
+    prompt, source = None, arguments.prompt or arguments.resynthesize
+    if source:
+        prompt = encode_prompt(source, arguments.prompt_seconds, models)
+        if arguments.prompt:
+            check_prompt(source, prompt, models)
+    seeds = [arguments.seed + n for n in range(arguments.num)]
+    codes = generate_codes(
+        models, prompt, bool(arguments.resynthesize), arguments.seconds, seeds, samplings
+    )
+    mode = "continuation" if arguments.prompt else "resynthesis" if source else "unprompted"
+    record = {
+        "mode": mode,
+        "seeds": seeds,
+        "prompt": None,
+        "original": None,
+        "reconstruction": None,
+        "max_seconds": arguments.seconds,
+        "sampling": {name: asdict(samplings[name]) for name in models.stages},
+        "checkpoints": {name: state["path"] for name, state in models.states.items()},
+        "tokenizers": models.any_state["tokenizers"],
+        "command": shlex.join(["python", "-m", "scripts.sample", *sys.argv[1:]]),
+        **environment(device),
+    }
+    files = write_clips(arguments, models, prompt, codes, record)
+    for path, seconds in zip(files, record["seconds"], strict=True):
+        print(f"{path}  {seconds:.2f} s")
+    return files
+
+
+def sample_parser() -> ArgumentParser:
+    parser = make_parser(__doc__.split("\n\n")[0], EXAMPLES)
+    for name in STAGES:
+        parser.add_argument(
+            f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
+        )
+    parser.add_argument("--prompt", metavar="WAV", help="a recording to continue")
+    parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use its first S seconds")
+    parser.add_argument("--resynthesize", metavar="WAV", help="repeat its semantic tokens anew")
+    parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
+    parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
+    for flag, what in (
+        ("--temperature", "one number, or STAGE=number each; 0 is greedy"),
+        ("--top-k", "keep the k likeliest classes; 0 keeps all"),
+        ("--top-p", "keep the likeliest classes up to this probability"),
+        ("--min-p", "keep classes at least this likely, relative to the likeliest"),
+    ):
+        parser.add_argument(flag, nargs="+", metavar="X", help=what)
+    parser.add_argument("--codec", help="codec folder, where it is no longer where it was")
+    parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
+    parser.add_argument("--attention", default="auto", help="attention backend (auto)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument(
+        "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
+    )
+    return parser
+
+
+def main() -> None:
+    sample(sample_parser().parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)
