@@ -1,0 +1,77 @@
+"""Figures without a plotting library: spectrograms as PNG, loss curves as SVG without colours."""
+
+import math
+import struct
+import zlib
+from html import escape
+
+import torch
+import torchaudio.functional
+from torch import Tensor
+
+LEFT, RIGHT, TOP, BOTTOM = 26, 350, 8, 198  # of the plot inside a 360 x 220 drawing
+
+
+def spectrogram_png(
+    wav: Tensor, sample_rate: int, num_mels: int = 96, frame_rate: int = 125
+) -> bytes:
+    """wav [1, L] -> greyscale PNG, `num_mels` high: dark = loud, 70 dB deep, mel scale."""
+    n_fft = 2 * (sample_rate // 60)  # 33 ms
+    wav = torch.nn.functional.pad(wav[0], (0, max(0, n_fft - wav.shape[-1])))
+    window, hop = torch.hann_window(n_fft), sample_rate // frame_rate
+    power = torch.stft(wav, n_fft, hop, window=window, return_complex=True).abs().square()
+    bank = torchaudio.functional.melscale_fbanks(
+        len(power), 0.0, sample_rate / 2, num_mels, sample_rate
+    )
+    decibels = 10 * torch.log10(bank.T @ power + 1e-10)  # [mels, bins] @ [bins, T] -> [mels, T]
+    loudness = ((decibels - decibels.max()) / 70 + 1).clamp(0, 1)
+    return grey_png((255 * (1 - loudness)).round().to(torch.uint8).flip(0))  # low pitch below
+
+
+def grey_png(pixels: Tensor) -> bytes:
+    """pixels uint8 [H, W], 0 = black, first row on top -> an 8-bit greyscale PNG (RFC 2083)."""
+    height, width = pixels.shape
+    rows = b"".join(b"\0" + bytes(row.tolist()) for row in pixels)  # \0: row without a filter
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows, 9), b"IEND"):
+        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png
+
+
+def loss_svg(
+    curves: dict[str, list[tuple[int, float]]], levels: dict[str, float], label: str
+) -> str:
+    """Curves (class -> (step, loss) points) and dashed, named levels (highest first) as SVG.
+
+    Losses that are not finite are left out. `label` is what a screen reader says.
+    """
+    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
+    losses = [loss for _, loss in points] + [*levels.values()]
+    low, high = math.floor(min(losses)), math.ceil(max(losses) + 0.2)  # room for the top label
+    last = max([1, *(step for step, _ in points)])
+
+    def x(step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * step / last
+
+    def y(loss: float) -> float:
+        return TOP + (BOTTOM - TOP) * (high - loss) / (high - low)
+
+    def rule(loss: float, kind: str) -> str:
+        return f"<path class='{kind}' d='M{LEFT} {y(loss):.1f}H{RIGHT}'/>"
+
+    def text(at: tuple[float, float], anchor: str, words: str) -> str:
+        return f"<text x='{at[0]:.1f}' y='{at[1]:.1f}' text-anchor='{anchor}'>{words}</text>"
+
+    svg = ""
+    for n in range(low, high + 1, math.ceil((high - low) / 8)):
+        svg += rule(n, "grid") + text((LEFT - 8, y(n) + 4), "end", str(n))
+    for step, anchor in ((0, "start"), (last // 2, "middle"), (last, "end")):
+        svg += text((x(step), BOTTOM + 18), anchor, f"{step:,}")
+    for kind, curve in curves.items():
+        dots = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in curve if math.isfinite(v))
+        svg += f"<polyline class='{escape(kind)}' points='{dots}'/>"
+    for index, (name, loss) in enumerate(levels.items()):  # the first above its line, then below
+        beside = y(loss) + (14 if index else -5)
+        svg += rule(loss, "level") + text((RIGHT, beside), "end", f"{name} {loss:.2f}")
+    return f"<svg viewBox='0 0 360 220' role='img' aria-label='{escape(label)}'>{svg}</svg>"
