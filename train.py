@@ -11,6 +11,7 @@ Everything random is a function of (seed, step, process), so a resumed run is th
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -44,7 +45,7 @@ from model.optim import EMA, evaluating, learning_rate, make_optimizer
 from model.preview import preview
 from model.stages import Stage, StageSpec, stage_spec
 from scripts.cli import make_parser, run_cli
-from scripts.run_log import RunLog, environment, peak_flops
+from scripts.run_log import Meter, RunLog, environment, peak_flops
 
 EXAMPLES = """\
   python train.py --config configs/semantic_small.yaml data.tokens=tokens/mine out=runs/a
@@ -57,34 +58,6 @@ def encode(spec: StageSpec, collapse: bool, batch: Batch) -> tuple[Sequences, in
     """A Batch -> its Sequences and its codec frames; run by the loader, off the training loop."""
     sequences = spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
     return sequences, int((batch.codes[:, 0] >= 0).sum())
-
-
-class Meter:
-    """Sums since they were last read: nats and targets per codebook, codec frames, places."""
-
-    def __init__(self, num_codebooks: int, device: torch.device):
-        self.nats = torch.zeros(num_codebooks, device=device)  # summed on the device: no host sync
-        self.counts = [0] * (num_codebooks + 2)  # targets per codebook, codec frames, places
-
-    def add(self, nats: torch.Tensor, batch: Sequences, num_frames: int) -> None:
-        self.nats += nats.detach()
-        new = (*(len(t) for t in batch.targets), num_frames, batch.num_places)
-        self.counts = [old + n for old, n in zip(self.counts, new, strict=True)]
-
-    def read(self, process: Accelerator, frame_rate: float) -> dict:
-        """Means over all processes: nats per token (of each codebook), bits per second of audio."""
-        counts = torch.tensor(self.counts, device=process.device, dtype=torch.float64)
-        nats, counts = self.nats.double(), counts
-        if process.num_processes > 1:
-            nats, counts = process.reduce(nats), process.reduce(counts)
-        *targets, frames, places = counts.tolist()
-        nats = nats.tolist()
-        return {
-            "loss": sum(nats) / max(1.0, sum(targets)),
-            "per_codebook": [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)],
-            "bits_per_second": sum(nats) / math.log(2) / max(1.0, frames) * frame_rate,
-            "places": int(places),
-        }
 
 
 class Training:
@@ -169,7 +142,7 @@ class Training:
         total = sum(batch.num_targets for batch, _ in micro_batches)
         if process.num_processes > 1:  # all stop at the same step, whoever got the signal
             sums = torch.tensor([total, self.stopping or 0], device=process.device)
-            total, stopping = process.reduce(sums).tolist()
+            total, stopping = process.reduce(sums, "sum").tolist()
             self.stopping = self.stopping or (signal.SIGTERM if stopping else None)
         torch.manual_seed(mix(train.seed, self.step, process.process_index) >> 1)
         for group in self.optimizer.param_groups:
@@ -228,7 +201,7 @@ class Training:
         process = self.process
         nats, counts = self.meter.nats, torch.tensor(self.meter.counts, device=process.device)
         if process.num_processes > 1:
-            nats, counts = process.reduce(nats), process.reduce(counts)
+            nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
         if process.is_main_process:
             state = {
                 "spec": self.spec_state,
@@ -358,6 +331,7 @@ def train(config: RunConfig, resume: bool = False) -> Training:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
     process = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",
         log_with=None if config.wandb.mode == "off" else "wandb",
     )
@@ -367,10 +341,14 @@ def train(config: RunConfig, resume: bool = False) -> Training:
         return run
     if run.step:
         process.print(f"{run.out}: resuming at step {run.step}")
+    process.wait_for_everyone()  # all have seen that the folder is theirs to write
     if process.is_main_process:
         save_config(config, run.out / "config.yaml")
 
     def stop(number: int, _: object) -> None:
+        if run.stopping:  # the second signal does not wait for the step to end
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         run.stopping = number
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}

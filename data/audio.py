@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs.files import atomic_write
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif"})
+AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 SPLITS = ("train", "valid", "test")
 
 
@@ -41,23 +41,20 @@ def find_recordings(audio: str | Path) -> list[Recording]:
     """
     audio = Path(audio)
     if audio.is_dir():
+        paths = {path.relative_to(audio): path for path in audio.rglob("*")}
         found = [
-            Recording(name=path.relative_to(audio).as_posix(), path=path)
-            for path in audio.rglob("*")
+            Recording(name.as_posix(), path)
+            for name, path in paths.items()
             if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
-            if not any(part.startswith(".") for part in path.relative_to(audio).parts)
+            if not any(part.startswith(".") for part in name.parts)
         ]
     elif audio.is_file():
         found = list(_read_manifest(audio))
     else:
         raise ValueError(f"{audio}: no such folder or manifest; pass --audio FOLDER or FILE.jsonl")
     if not found:
-        raise ValueError(f"{audio}: no recordings found (looked for {_suffix_list()})")
+        raise ValueError(f"{audio}: no recordings found (looked for {' '.join(AUDIO_SUFFIXES)})")
     return sorted(found, key=lambda recording: recording.name)
-
-
-def _suffix_list() -> str:
-    return " ".join(sorted(AUDIO_SUFFIXES))
 
 
 def _read_manifest(manifest: Path) -> Iterator[Recording]:
@@ -76,25 +73,17 @@ def _read_manifest(manifest: Path) -> Iterator[Recording]:
             raise ValueError(f"{where}: not JSON ({error.msg}); fix or remove the line") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError(f'{where}: expected an object with a "path", got: {line[:60]}')
-        for key in ("text", "speaker", "split"):
-            if not isinstance(entry.get(key), str | None):
+        known = {key: entry.get(key) for key in ("text", "speaker", "split")}
+        for key, value in known.items():
+            if not isinstance(value, str | None):
                 raise ValueError(f'{where}: "{key}" must be a string or null')
-        if entry.get("split") not in (None, *SPLITS):
-            raise ValueError(f'{where}: split "{entry["split"]}" is none of {", ".join(SPLITS)}')
-        yield Recording(
-            name=entry["path"],
-            path=manifest.parent / entry["path"],
-            text=entry.get("text"),
-            speaker=entry.get("speaker"),
-            split=entry.get("split"),
-        )
+        if known["split"] not in (None, *SPLITS):
+            raise ValueError(f'{where}: split "{known["split"]}" is none of {", ".join(SPLITS)}')
+        yield Recording(entry["path"], manifest.parent / entry["path"], **known)
 
 
 def audio_seconds(path: str | Path) -> float:
-    """The length a recording's header gives, without decoding it; 0.0 when there is no audio.
-
-    ValueError names the file: missing, or not a recording at all.
-    """
+    """The length a recording's header gives, without decoding it. ValueError as of `read_audio`."""
     with _open_audio(Path(path)) as file:
         return file.frames / file.samplerate
 
@@ -102,15 +91,13 @@ def audio_seconds(path: str | Path) -> float:
 def read_audio(path: str | Path) -> tuple[Tensor, int]:
     """Decode a recording to wav [1, L] (float32, mono: the channels' mean) and its sample rate.
 
-    ValueError names the file and what is wrong with it: missing, damaged, cut off, empty, not
-    finite.
+    ValueError names the file and what is wrong: missing, damaged, cut off, empty, not finite.
     """
-    path = Path(path)
-    with _open_audio(path) as file:
+    with _open_audio(Path(path)) as file:
         announced, rate = file.frames, file.samplerate
         try:
             samples = file.read(dtype="float32", always_2d=True)  # [L, C]
-        except (soundfile.LibsndfileError, RuntimeError) as error:
+        except soundfile.LibsndfileError as error:
             raise ValueError(f"{path}: damaged ({_reason(error)})") from None
     wav = torch.from_numpy(samples).mean(dim=1)[None]  # [L, C] -> [1, L]
     if wav.numel() == 0:
@@ -125,8 +112,7 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
 
 def load_audio(path: str | Path, sample_rate: int) -> Tensor:
     """Decode a recording to wav [1, L] at `sample_rate` Hz; errors and the rest: `read_audio`."""
-    wav, rate = read_audio(path)
-    return resample(wav, rate, sample_rate)
+    return resample(*read_audio(path), sample_rate)
 
 
 def _open_audio(path: Path) -> soundfile.SoundFile:
@@ -134,12 +120,12 @@ def _open_audio(path: Path) -> soundfile.SoundFile:
         raise ValueError(f"{path}: no such file")
     try:
         return soundfile.SoundFile(path)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except soundfile.LibsndfileError as error:
         raise ValueError(f"{path}: cannot be decoded ({_reason(error)})") from None
 
 
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "error_string", error)).strip().rstrip(".")
+def _reason(error: soundfile.LibsndfileError) -> str:
+    return error.error_string.strip().rstrip(".")
 
 
 def resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:

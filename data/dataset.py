@@ -14,20 +14,25 @@
 Validation walks the whole split instead (`ValidBatches`): windows side by side, no randomness.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import count
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.shards import Clip, TokenFolder
 
 PAD = -1
+Window = tuple[Clip, int, int]  # a clip and its frames [a, b)
 MASK64 = (1 << 64) - 1
 
 
@@ -43,16 +48,6 @@ class Batch:
     codes: Tensor
     starts: Tensor
     ends: Tensor
-
-    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """Called by DataLoader(pin_memory=True)."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function) -> "Batch":
-        return Batch(**{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
 
 def mix(*numbers: int) -> int:
@@ -112,24 +107,26 @@ def semantic_window(clip: Clip, start: int, stop: int, rate: Fraction) -> tuple[
     first = min(int(start * rate), max(clip.num_semantic - 1, 0))
     if stop >= clip.num_frames:
         return first, clip.num_semantic
-    return first, min(-int(-stop * rate // 1), clip.num_semantic)
+    return first, min(ceil(stop * rate), clip.num_semantic)
 
 
 def collate(crops: list[tuple[np.ndarray, np.ndarray, bool, bool]]) -> Batch:
     """(semantic_tokens [T_s], codes [K, T], starts, ends) of each crop -> one padded Batch."""
-    size, num_codebooks = len(crops), crops[0][1].shape[0]
-    semantic = torch.full((size, max(len(crop[0]) for crop in crops)), PAD, dtype=torch.int64)
-    num_frames = max(crop[1].shape[1] for crop in crops)
-    codes = torch.full((size, num_codebooks, num_frames), PAD, dtype=torch.int64)
-    for row, (clip_semantic, clip_codes, _, _) in enumerate(crops):
-        semantic[row, : len(clip_semantic)] = torch.from_numpy(clip_semantic.astype(np.int64))
-        codes[row, :, : clip_codes.shape[1]] = torch.from_numpy(clip_codes.astype(np.int64))
-    starts = torch.tensor([crop[2] for crop in crops])
-    return Batch(semantic, codes, starts, ends=torch.tensor([crop[3] for crop in crops]))
+
+    def padded(arrays: Iterable[np.ndarray]) -> Tensor:  # B of [T, ...] -> [B, longest T, ...]
+        tensors = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+        return pad_sequence(tensors, batch_first=True, padding_value=PAD)
+
+    semantic, codes, starts, ends = zip(*crops, strict=True)
+    codes = padded(array.T for array in codes).transpose(1, 2)  # [B, T, K] -> [B, K, T]
+    return Batch(padded(semantic), codes, torch.tensor(starts), torch.tensor(ends))
 
 
 class _Windows(IterableDataset):
-    """What training and validation share: clips of a split, windows of frames, worker sharing."""
+    """What training and validation share: clips of a split, windows of frames, worker sharing.
+
+    A subclass's `batches()` yields the windows of each batch.
+    """
 
     def __init__(self, folder: TokenFolder, split: str, crop_seconds: float):
         super().__init__()
@@ -143,21 +140,20 @@ class _Windows(IterableDataset):
                 f"a crop of {crop_seconds} s is shorter than a frame; use 1/{frame_rate} s or more"
             )
 
+    def __iter__(self) -> Iterator[Batch]:
+        """A DataLoader worker makes every num_workers-th batch. The loader asks the workers in
+        turn, so what comes out is in order."""
+        worker = get_worker_info()
+        for i, windows in enumerate(self.batches()):
+            if worker is None or i % worker.num_workers == worker.id:
+                yield collate([self.cut(*window) for window in windows])
+
     def cut(self, clip: Clip, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, bool, bool]:
         """semantic_tokens [T_s] and codes [K, stop - start] of a window; does it start, end."""
         semantic_tokens, codes = self.folder.read(clip)
         first, last = semantic_window(clip, start, stop, self.rate)
         ends = stop == clip.num_frames
         return semantic_tokens[first:last], codes[:, start:stop], start == 0, ends
-
-
-def _mine(items: Iterator) -> Iterator:
-    """A DataLoader worker's share: every num_workers-th. The loader asks the workers in turn, so
-    what comes out is in order."""
-    worker = get_worker_info()
-    for i, item in enumerate(items):
-        if worker is None or i % worker.num_workers == worker.id:
-            yield item
 
 
 class TrainBatches(_Windows):
@@ -186,10 +182,13 @@ class TrainBatches(_Windows):
                 f"a global batch of {batch_size_global} clips does not divide by {world} "
                 f"process(es) x {num_micro} micro-batch(es); change the batch size or num_micro"
             )
-        assert 0 <= rank < world
-        self.seed, self.batch_size_global = seed, batch_size_global
+        self.seed, self.batch_size_global, self.start_step = seed, batch_size_global, start_step
         self.rank, self.world, self.num_micro = rank, world, num_micro
-        self.start_step = start_step
+
+    def batches(self) -> Iterator[Iterable[Window]]:
+        for step in count(self.start_step):
+            for micro in range(self.num_micro):
+                yield map(self.crop, self.examples(step, micro))
 
     def examples(self, step: int, micro: int) -> range:
         """The example numbers of this rank's micro-batch `micro` of `step`."""
@@ -197,22 +196,11 @@ class TrainBatches(_Windows):
         first = step * self.batch_size_global + (micro * self.world + self.rank) * size
         return range(first, first + size)
 
-    def crop(self, n: int) -> tuple[Clip, int, int]:
-        """The clip and frames [a, b) of example n."""
+    def crop(self, n: int) -> Window:
+        """The window of example n."""
         index, crop_seed = example(self.seed, n, len(self.clips))
         clip = self.clips[index]
         return clip, *crop_window(clip.num_frames, self.crop_frames, crop_seed)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for numbers in _mine(self._micro_batches()):
-            yield collate([self.cut(*self.crop(n)) for n in numbers])
-
-    def _micro_batches(self) -> Iterator[range]:
-        step = self.start_step
-        while True:
-            for micro in range(self.num_micro):
-                yield self.examples(step, micro)
-            step += 1
 
 
 class ValidBatches(_Windows):
@@ -233,8 +221,6 @@ class ValidBatches(_Windows):
         world: int = 1,
     ):
         super().__init__(folder, split, crop_seconds)
-        assert 0 <= rank < world
-        assert batch_size > 0
         self.batch_size = batch_size
         self.windows = [
             (clip, start, min(start + self.crop_frames, clip.num_frames))
@@ -242,14 +228,16 @@ class ValidBatches(_Windows):
             for start in range(0, clip.num_frames, self.crop_frames)
         ][rank::world]
 
-    def __len__(self) -> int:
-        """Batches of this rank, the last of which can be smaller."""
-        return -(-len(self.windows) // self.batch_size)
+    def batches(self) -> Iterator[Iterable[Window]]:
+        for first in range(0, len(self.windows), self.batch_size):
+            yield self.windows[first : first + self.batch_size]
 
-    def __iter__(self) -> Iterator[Batch]:
-        for first in _mine(iter(range(0, len(self.windows), self.batch_size))):
-            batch = self.windows[first : first + self.batch_size]
-            yield collate([self.cut(*window) for window in batch])
+
+def _leave_group(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM go to the whole process group. A worker must not die of
+    them: the training process has a step to finish and a checkpoint to write first."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def make_loader(
@@ -267,6 +255,7 @@ def make_loader(
         batch_size=None,
         collate_fn=transform,
         num_workers=num_workers,
+        worker_init_fn=_leave_group,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )

@@ -9,6 +9,7 @@ At 50 frames/s and 8 codebooks an hour of audio takes 3.2 MB.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,43 +22,39 @@ VERSION = 1
 HEADER_FILE = "header.json"
 SKIPPED_FILE = "skipped.jsonl"
 UINT16 = np.dtype("<u2")  # little-endian on every machine
+REMEDY = "copy the folder again or rerun scripts.prepare"
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One clip of a token folder; `offset` counts uint16 numbers from the start of its shard."""
-
+class ClipInfo:
     name: str
     split: str
     speaker: str | None
     text: str | None
     duration: float
+
+
+@dataclass(frozen=True)
+class EncodedClip(ClipInfo):
+    """A clip on its way to a shard: semantic_tokens [T_s] and codes [K, T], any integer type."""
+
+    semantic_tokens: np.ndarray
+    codes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clip(ClipInfo):
+    """One clip of a token folder; `offset` counts uint16 numbers from the start of its shard."""
+
     offset: int
     num_semantic: int
     num_frames: int
     shard: int = 0
 
 
-@dataclass(frozen=True)
-class EncodedClip:
-    """A clip on its way to a shard: semantic_tokens [T_s] and codes [K, T], any integer type."""
-
-    name: str
-    split: str
-    speaker: str | None
-    text: str | None
-    duration: float
-    semantic_tokens: np.ndarray
-    codes: np.ndarray
-
-
-def shard_name(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
-def shard_is_finished(folder: str | Path, index: int) -> bool:
-    """True once the shard's .jsonl has been renamed into place, which happens last."""
-    return (Path(folder) / f"{shard_name(index)}.jsonl").is_file()
+def shard_file(folder: str | Path, index: int, suffix: str = "jsonl") -> Path:
+    """A file of shard `index`; its .jsonl is written last and says that the shard is finished."""
+    return Path(folder) / f"shard-{index:05d}.{suffix}"
 
 
 def write_shard(
@@ -67,56 +64,49 @@ def write_shard(
 
     ValueError: a token outside uint16.
     """
-    folder, offset, lines = Path(folder), 0, []
-    with atomic_write(folder / f"{shard_name(index)}.bin", "wb") as file:
+    offset, lines = 0, []
+    with atomic_write(shard_file(folder, index, "bin"), "wb") as file:
         for clip in clips:
             semantic = _to_uint16(clip.semantic_tokens, f"{clip.name}: semantic tokens")  # [T_s]
             codes = _to_uint16(clip.codes, f"{clip.name}: codes")  # [K, T]
-            file.write(semantic.tobytes())
-            file.write(codes.tobytes())
+            file.write(semantic.tobytes() + codes.tobytes())
             line = {key: getattr(clip, key) for key in ("name", "split", "speaker", "text")}
             line |= {"duration": round(clip.duration, 4), "offset": offset}
             line |= {"num_semantic": semantic.shape[0], "num_frames": codes.shape[1]}
             lines.append(line)
             offset += semantic.size + codes.size
     write_lines(_skip_list(folder, index), skipped)
-    write_lines(folder / f"{shard_name(index)}.jsonl", lines)
+    write_lines(shard_file(folder, index), lines)
 
 
 def write_header(
     folder: str | Path, codec: dict, semantic: dict, num_shards: int, repeated: Iterable[dict] = ()
-) -> dict:
+) -> None:
     """Finish a token folder: gather skipped.jsonl (`repeated` first), then write header.json.
 
-    `codec` and `semantic` are the tokenizers' own facts, see `TokenFolder`. Returns the header.
-    ValueError: not one clip in the shards.
+    `codec` and `semantic` are the tokenizers' own facts, see `TokenFolder`. ValueError: not one
+    clip in the shards.
     """
     folder = Path(folder)
     skipped, shards, clips = list(repeated), [], []
     for index in range(num_shards):
-        found = read_lines(folder / f"{shard_name(index)}.jsonl")
-        num_bytes = (folder / f"{shard_name(index)}.bin").stat().st_size
-        shards.append({"name": shard_name(index), "num_clips": len(found), "num_bytes": num_bytes})
+        found, file = read_lines(shard_file(folder, index)), shard_file(folder, index, "bin")
+        size = file.stat().st_size
+        shards.append({"name": file.stem, "num_clips": len(found), "num_bytes": size})
         clips += found
         skipped += read_lines(_skip_list(folder, index))
-    header = {
-        "version": VERSION,
-        "codec": codec,
-        "semantic": semantic,
-        "shards": shards,
-        "totals": _totals(clips, num_skipped=len(skipped)),
-    }
     write_lines(folder / SKIPPED_FILE, skipped)
     if not clips:
         raise ValueError(
             f"{folder}: none of the {len(skipped)} recordings could be used; the reasons are in "
             f"{folder / SKIPPED_FILE}"
         )
+    header = {"version": VERSION, "codec": codec, "semantic": semantic, "shards": shards}
+    header["totals"] = _totals(clips, num_skipped=len(skipped))
     with atomic_write(folder / HEADER_FILE) as file:
         file.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
     for index in range(num_shards):  # gathered above
         _skip_list(folder, index).unlink(missing_ok=True)
-    return header
 
 
 class TokenFolder:
@@ -125,7 +115,7 @@ class TokenFolder:
     Attributes: `header` (dict), `codec` and `semantic` (what header.json says of the tokenizers:
     name, sample_rate, hop_length, frame_rate, num_codebooks, codebook_size, num_tokens,
     fingerprint), `num_codebooks`, `all_clips`. ValueError names what is wrong and the remedy: no
-    header, another version, a shard that is missing or has not the recorded number of bytes.
+    header, another version, a shard whose files are missing or do not fit each other.
     """
 
     def __init__(self, folder: str | Path):
@@ -135,8 +125,8 @@ class TokenFolder:
         self.semantic: dict = self.header["semantic"]
         self.num_codebooks: int = self.codec["num_codebooks"]
         self.all_clips: list[Clip] = []
-        for index, shard in enumerate(self.header["shards"]):
-            self.all_clips += self._check_shard(index, shard)
+        for index in range(len(self.header["shards"])):
+            self.all_clips += self._read_index(index)
         self._maps: dict[int, np.ndarray] = {}
 
     def clips(self, split: str) -> list[Clip]:
@@ -150,7 +140,7 @@ class TokenFolder:
     def read(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
         """semantic_tokens [T_s] and codes [K, T] of a clip, as uint16 views of the file."""
         if clip.shard not in self._maps:
-            path = self._path(clip.shard, "bin")
+            path = shard_file(self.folder, clip.shard, "bin")
             self._maps[clip.shard] = np.memmap(path, dtype=UINT16, mode="r")
         end = clip.offset + clip.num_semantic
         flat = self._maps[clip.shard][clip.offset : end + self.num_codebooks * clip.num_frames]
@@ -161,22 +151,15 @@ class TokenFolder:
         """Data-loader workers get the path, not a copy of the mapped numbers."""
         return {**self.__dict__, "_maps": {}}
 
-    def _path(self, index: int, suffix: str) -> Path:
-        return self.folder / f"{self.header['shards'][index]['name']}.{suffix}"
-
-    def _check_shard(self, index: int, shard: dict) -> list[Clip]:
-        path, remedy = self._path(index, "bin"), "copy the folder again or rerun scripts.prepare"
-        if not path.is_file():
-            raise ValueError(f"{path}: missing; {remedy}")
-        if path.stat().st_size != shard["num_bytes"]:
-            raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, {shard['num_bytes']} expected "
-                f"(truncated or replaced); {remedy}"
-            )
-        clips = [Clip(**line, shard=index) for line in read_lines(self._path(index, "jsonl"))]
+    def _read_index(self, index: int) -> list[Clip]:
+        lines = read_lines(shard_file(self.folder, index))
+        clips = [Clip(**line, shard=index) for line in lines]
         tokens = sum(clip.num_semantic + self.num_codebooks * clip.num_frames for clip in clips)
-        if len(clips) != shard["num_clips"] or tokens * UINT16.itemsize != shard["num_bytes"]:
-            raise ValueError(f"{self._path(index, 'jsonl')}: does not describe its .bin; {remedy}")
+        path = shard_file(self.folder, index, "bin")
+        size = path.stat().st_size if path.is_file() else 0
+        if size != (expected := tokens * UINT16.itemsize):
+            found = f"{size} bytes, its .jsonl describes {expected} (truncated or replaced?)"
+            raise ValueError(f"{path}: {found}; {REMEDY}")
         return clips
 
 
@@ -203,14 +186,13 @@ def unigram_counts(folder: TokenFolder, split: str = "train") -> tuple[np.ndarra
 
     Its entropy is the loss of the best model that ignores all context: the baseline to beat.
     """
-    size = folder.codec["codebook_size"]
     semantic = np.zeros(folder.semantic["num_tokens"], dtype=np.int64)
-    codes = np.zeros((folder.num_codebooks, size), dtype=np.int64)
+    codes = np.zeros((folder.num_codebooks, folder.codec["codebook_size"]), dtype=np.int64)
     for clip in folder.clips(split):
         clip_semantic, clip_codes = folder.read(clip)
         semantic += np.bincount(clip_semantic, minlength=len(semantic))
-        for k in range(folder.num_codebooks):
-            codes[k] += np.bincount(clip_codes[k], minlength=size)
+        for counts, row in zip(codes, clip_codes, strict=True):
+            counts += np.bincount(row, minlength=len(counts))
     return semantic, codes
 
 
@@ -226,36 +208,37 @@ def read_lines(path: Path) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; copy the folder again or rerun prepare") from None
+        raise ValueError(f"{path}: missing; {REMEDY}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); prepare again") from None
+        raise ValueError(f"{path}: damaged ({error}); {REMEDY}") from None
 
 
-def _skip_list(folder: Path, index: int) -> Path:
-    return folder / f".{shard_name(index)}.skipped.jsonl"
+def _skip_list(folder: str | Path, index: int) -> Path:
+    file = shard_file(folder, index, "skipped.jsonl")
+    return file.with_name(f".{file.name}")
 
 
 def _to_uint16(tokens: np.ndarray, what: str) -> np.ndarray:
-    tokens = np.asarray(tokens)
-    assert np.issubdtype(tokens.dtype, np.integer), f"{what} are {tokens.dtype}"
     if tokens.size and (tokens.min() < 0 or tokens.max() > np.iinfo(UINT16).max):
         raise ValueError(f"{what} from {tokens.min()} to {tokens.max()} do not fit uint16")
-    return np.ascontiguousarray(tokens, dtype=UINT16)
+    return tokens.astype(UINT16)
 
 
 def _totals(clips: list[dict], num_skipped: int) -> dict:
-    splits: dict[str, dict] = {}
-    for clip in clips:
-        split = splits.setdefault(clip["split"], {"num_clips": 0, "seconds": 0.0})
-        split["num_clips"] += 1
-        split["seconds"] = round(split["seconds"] + clip["duration"], 4)
+    def total(key: str, split: str | None = None) -> float:
+        return round(sum(clip[key] for clip in clips if split in (None, clip["split"])), 4)
+
+    splits = Counter(clip["split"] for clip in clips)
     return {
         "num_clips": len(clips),
         "num_skipped": num_skipped,
         "num_speakers": len({clip["speaker"] for clip in clips} - {None}),
         "num_unknown_speaker": sum(clip["speaker"] is None for clip in clips),
-        "seconds": round(sum(clip["duration"] for clip in clips), 4),
-        "num_semantic": sum(clip["num_semantic"] for clip in clips),
-        "num_frames": sum(clip["num_frames"] for clip in clips),
-        "splits": dict(sorted(splits.items())),
+        "seconds": total("duration"),
+        "num_semantic": total("num_semantic"),
+        "num_frames": total("num_frames"),
+        "splits": {
+            split: {"num_clips": splits[split], "seconds": total("duration", split)}
+            for split in sorted(splits)
+        },
     }

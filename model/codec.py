@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from urllib.error import URLError
@@ -21,27 +21,35 @@ from encodec.modules import SLSTM, SEANetDecoder, SEANetEncoder
 from encodec.modules.seanet import SEANetResnetBlock
 from encodec.msstftd import MultiScaleSTFTDiscriminator
 from encodec.quantization import ResidualVectorQuantizer
+from omegaconf import MISSING
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.codec_schema import CodecConfig
 from configs.files import atomic_write
+from configs.load import load_config
+
+# encodec uses torch's older weight_norm, and its weight files have the names of that
+warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
 
 ENCODEC_24KHZ = "encodec_24khz"
 ENCODEC_24KHZ_FILE = "encodec_24khz-d7cc33bc.th"
 ENCODEC_24KHZ_CONFIG = CodecConfig(
-    sample_rate=24_000,
-    encoder_filters=32,
-    decoder_filters=32,
-    num_lstm=2,
-    causal=True,
-    normalize_latent=False,
+    24_000, encoder_filters=32, decoder_filters=32, num_lstm=2, normalize_latent=False
 )
 SPEECH_LEVEL = 0.05  # root mean square of typical recordings
 WEIGHTS_FILE, CONFIG_FILE = "codec.safetensors", "config.json"
 FORMAT_VERSION = 1
 LEARNING_BUFFERS = ("cluster_size", "embed_avg", "inited")  # of a codebook; unused when it is fixed
+
+
+@dataclass(frozen=True)
+class CodecFile:
+    """What config.json says; without a default, for the file has to."""
+
+    version: int = MISSING
+    model: CodecConfig = MISSING
 
 
 class Codec(nn.Module):
@@ -66,10 +74,8 @@ class Codec(nn.Module):
             "causal": config.causal,
             "norm": "weight_norm" if weight_norm else "none",
         }
-        with warnings.catch_warnings():  # encodec still uses the older weight_norm, on purpose
-            warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-            self.encoder = SEANetEncoder(n_filters=config.encoder_filters, **shared)
-            self.decoder = SEANetDecoder(n_filters=config.decoder_filters, **shared)
+        self.encoder = SEANetEncoder(n_filters=config.encoder_filters, **shared)
+        self.decoder = SEANetDecoder(n_filters=config.decoder_filters, **shared)
         self.quantizer = ResidualVectorQuantizer(
             dimension=config.dimension, n_q=config.num_codebooks, bins=config.codebook_size
         )
@@ -85,10 +91,6 @@ class Codec(nn.Module):
             digest.update(f"{key} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())
         return digest.hexdigest()[:16]
-
-    def pad(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, L] -> [B, 1, T * hop_length], zeros on the right."""
-        return F.pad(wav, (0, -wav.shape[-1] % self.hop_length))
 
     def encode_latent(self, wav: Tensor) -> Tensor:
         """wav [B, 1, T * hop_length] -> latent [B, D, T], before quantisation."""
@@ -111,7 +113,8 @@ class Codec(nn.Module):
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"wav {list(wav.shape)}: expected [B, 1, L] with L >= 1")
         with torch.autocast(wav.device.type, enabled=False):
-            latent = self.encode_latent(self.pad(wav.float()))  # [B, D, T]
+            wav = F.pad(wav.float(), (0, -wav.shape[-1] % self.hop_length))  # [B, 1, T * hop]
+            latent = self.encode_latent(wav)  # [B, D, T]
             codes = self.quantizer.vq.encode(latent, self.num_codebooks)  # [K, B, T]
         return codes.transpose(0, 1)  # [B, K, T]
 
@@ -132,10 +135,8 @@ class Codec(nn.Module):
                 f"codes from {codes.min()} to {codes.max()}: outside 0..{self.codebook_size - 1}"
             )
         if length is not None and not 0 <= length <= codes.shape[2] * self.hop_length:
-            raise ValueError(
-                f"length {length}: {codes.shape[2]} frames hold 0..{codes.shape[2]}"
-                f"*{self.hop_length} samples"
-            )
+            most = codes.shape[2] * self.hop_length
+            raise ValueError(f"length {length}: {codes.shape[2]} frames hold 0..{most} samples")
         with torch.autocast(codes.device.type, enabled=False):
             wav = self.decode_latent(self.quantizer.decode(codes.transpose(0, 1)))
         return wav[..., :length]  # [B, 1, length or T * hop_length]
@@ -146,11 +147,10 @@ class Codec(nn.Module):
         state = {key: value.half().cpu().contiguous() for key, value in state.items()}
         if not all(torch.isfinite(value).all() for value in state.values()):
             raise ValueError(f"{folder}: not saved, some weights are not finite in fp16")
-        config = {"version": FORMAT_VERSION, "model": asdict(self.config)}
         with atomic_write(Path(folder) / WEIGHTS_FILE, "wb") as file:
             file.write(safetensors.torch.save(state))
         with atomic_write(Path(folder) / CONFIG_FILE) as file:
-            json.dump(config, file, indent=2)
+            json.dump(asdict(CodecFile(FORMAT_VERSION, self.config)), file, indent=2)
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:
@@ -172,15 +172,16 @@ def initialise_weights(codec: Codec) -> None:
     first learns silence and takes hundreds of steps to leave it. And where the latent is small,
     each optimiser step moves it far, relatively: the codebooks cannot follow.
     """
-    gains = {codec.encoder.model[0].conv.conv: 1 / SPEECH_LEVEL}
-    gains[codec.decoder.model[-1].conv.conv] = SPEECH_LEVEL
-    halved = set()  # the two paths that a residual block adds up
+    gains = {
+        codec.encoder.model[0].conv.conv: 1 / SPEECH_LEVEL,
+        codec.decoder.model[-1].conv.conv: SPEECH_LEVEL,
+    }
     for module in codec.modules():
-        if isinstance(module, SEANetResnetBlock):
-            halved |= {module.shortcut.conv.conv, module.block[-1].conv.conv}
+        if isinstance(module, SEANetResnetBlock):  # adds up two paths
+            gains[module.shortcut.conv.conv] = gains[module.block[-1].conv.conv] = 0.5**0.5
     for module in codec.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            _initialise_conv(module, 0.5**0.5 if module in halved else gains.get(module, 1.0))
+            _initialise_conv(module, gains.get(module, 1.0))
 
 
 @torch.no_grad()
@@ -192,8 +193,8 @@ def _initialise_conv(conv: nn.Module, gain: float) -> None:
         fan_in /= conv.stride[0]  # of its inputs, as many meet in one output
     weight.normal_(std=gain / fan_in**0.5)
     if hasattr(conv, "weight_g"):
-        norms = weight.flatten(1).norm(dim=1)
-        conv.weight_g.copy_(norms.view_as(conv.weight_g))
+        norms = weight.flatten(1).norm(dim=1)  # [out]
+        conv.weight_g.copy_(norms.view_as(conv.weight_g))  # [out, 1, ...]
     conv.bias.zero_()
 
 
@@ -223,58 +224,34 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     """
     kind, _, file = name.partition(":")
     if kind == ENCODEC_24KHZ:
-        codec = _load_encodec_24khz(name, _read_th(Path(file)) if file else _download())
+        codec = Codec(ENCODEC_24KHZ_CONFIG, name, weight_norm=True)
+        state = _read_th(Path(file)) if file else _download()
+        # The file holds 32 codebooks (24 kbit/s); the first 8 are 6 kbit/s, the rest are left out.
+        surplus = tuple(f"quantizer.vq.layers.{k}." for k in range(codec.num_codebooks, 32))
+        state = {key: value for key, value in state.items() if not key.startswith(surplus)}
+        _load_state(codec, state, name)
     else:
-        codec = _load_folder(Path(name), name)
+        codec = _load_folder(Path(name))
     return codec.to(device).eval().requires_grad_(False)
 
 
-def _load_folder(folder: Path, name: str) -> Codec:
-    for file in (folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+def _load_folder(folder: Path) -> Codec:
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for file in (config_file, weights_file):
         if not file.is_file():
             raise ValueError(
                 f"{file}: no such file; a codec is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, "
                 f"or {ENCODEC_24KHZ}, or {ENCODEC_24KHZ}:FILE"
             )
+    config = load_config(CodecFile, config_file)  # JSON is YAML
+    if config.version != FORMAT_VERSION:
+        raise ValueError(f"{config_file}: version {config.version}, not {FORMAT_VERSION}")
     try:
-        config = read_codec_config(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
-    try:
-        state = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+        state = safetensors.torch.load_file(weights_file)
     except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: damaged ({error}); copy it again") from None
-    codec = Codec(config, name)
-    _load_state(codec, state, folder / WEIGHTS_FILE)
-    return codec
-
-
-def read_codec_config(loaded: object) -> CodecConfig:
-    """The CodecConfig in a parsed config.json; ValueError names the key that is wrong."""
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("model"), dict):
-        raise ValueError('expected an object with "version" and "model"')
-    if loaded.get("version") != FORMAT_VERSION:
-        raise ValueError(f"version {loaded.get('version')!r}, this code reads {FORMAT_VERSION}")
-    known = {field.name: field.default for field in fields(CodecConfig)}
-    for key, value in loaded["model"].items():
-        if key not in known:
-            raise ValueError(f'unknown key "model.{key}"; known: {", ".join(sorted(known))}')
-        of_kind = isinstance(value, list) if key == "ratios" else type(value) is type(known[key])
-        if not of_kind or (key == "ratios" and not all(type(ratio) is int for ratio in value)):
-            raise ValueError(f'"model.{key}" is {value!r}, not like {known[key]!r}')
-    return CodecConfig(**loaded["model"])
-
-
-def _load_encodec_24khz(name: str, state: Mapping[str, Tensor]) -> Codec:
-    """The file holds 32 codebooks (24 kbit/s); the first 8 are 6 kbit/s, the rest are left out."""
-    codec = Codec(ENCODEC_24KHZ_CONFIG, name, weight_norm=True)
-    prefixes = tuple(f"quantizer.vq.layers.{k}." for k in range(codec.num_codebooks))
-    wanted = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith("quantizer.vq.layers.") or key.startswith(prefixes)
-    }
-    _load_state(codec, wanted, name)
+        raise ValueError(f"{weights_file}: damaged ({error}); copy it again") from None
+    codec = Codec(config.model, str(folder))
+    _load_state(codec, state, weights_file)
     return codec
 
 
@@ -306,17 +283,16 @@ def _download() -> Mapping[str, Tensor]:
 
 def _load_state(codec: Codec, state: Mapping[str, Tensor], where: str | Path) -> None:
     """Copy `state` into `codec`; every inference tensor must be there with the right shape."""
-    expected = inference_state(codec.state_dict())
-    for key, tensor in expected.items():
-        if key not in state:
-            raise ValueError(f"{where}: lacks {key}; not the weights of this codec")
-        if state[key].shape != tensor.shape:
-            found = list(state[key].shape)
-            raise ValueError(f"{where}: {key} is {found}, expected {list(tensor.shape)}")
-    extra = sorted(inference_state(state).keys() - expected.keys())
-    if extra:
-        raise ValueError(f"{where}: unexpected {extra[0]}; not the weights of this codec")
-    codec.load_state_dict({key: state[key].float() for key in expected}, strict=False)
+    state = {key: value.float() for key, value in inference_state(state).items()}
+    found = {key: list(value.shape) for key, value in state.items()}
+    expected = {k: list(v.shape) for k, v in inference_state(codec.state_dict()).items()}
+    for key in sorted(expected | found):
+        if expected.get(key) != found.get(key):
+            raise ValueError(
+                f"{where}: {key} is {found.get(key, 'absent')}, expected "
+                f"{expected.get(key, 'none')}; not the weights of this codec"
+            )
+    codec.load_state_dict(state, strict=False)  # LEARNING_BUFFERS may lack
     for layer in codec.quantizer.vq.layers:
         layer._codebook.inited.fill_(1)
 
@@ -328,20 +304,16 @@ def build_discriminator(windows: tuple[int, ...], filters: int) -> nn.Module:
     dominate training; they run channels-last, the layout of tensor cores. Initialised like the
     codec: with torch's default the biases drown the signal, and it starts out blind.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
-        discriminator = MultiScaleSTFTDiscriminator(
-            filters=filters,
-            n_ffts=list(windows),
-            win_lengths=list(windows),
-            hop_lengths=[window // 4 for window in windows],
-        )
+    discriminator = MultiScaleSTFTDiscriminator(
+        filters=filters,
+        n_ffts=list(windows),
+        win_lengths=list(windows),
+        hop_lengths=[window // 4 for window in windows],
+    )
     for scale in discriminator.discriminators:
-        scale.convs[0].register_forward_pre_hook(_channels_last)
+        scale.convs[0].register_forward_pre_hook(
+            lambda _, inputs: inputs[0].contiguous(memory_format=torch.channels_last)
+        )
         for i, layer in enumerate((*scale.convs, scale.conv_post)):
             _initialise_conv(layer.conv, 1 / SPEECH_LEVEL if i == 0 else 2**0.5)
     return discriminator
-
-
-def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].contiguous(memory_format=torch.channels_last),)

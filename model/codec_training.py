@@ -141,4 +141,4 @@ def _assign(samples: Tensor, nearest: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.is_available() and dist.is_initialized()

@@ -89,49 +89,81 @@ def generate(
     frame). `use_cache=False` feeds the whole sequence through the model at every step: slow, plain,
     the specification of the other. `on_frame(n)` is told, frame by frame, that n clips go on.
     """
-    layout, device = stage.layout, stage.embed.weight.device
-    K, B = layout.num_codebooks, len(prompts)
-    prompt_frames = torch.tensor([prompt.shape[1] for prompt in prompts], device=device)
-    num_frames = torch.tensor(max_frames, device=device).clamp(min=prompt_frames)  # shrinks at EOS
-    row_steps = [
-        layout.num_steps(int(total)) - _whole_steps(stage, prompt)
-        for total, prompt in zip(num_frames, prompts, strict=True)
-    ]
-    num_steps = max(row_steps)
-    ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * B, num_steps)
-    known = torch.stack([_known(stage, prompt, num_steps) for prompt in prompts]).to(device)
-    uniform = _uniform(seeds, row_steps, layout.num_slots).to(device)
-    out = torch.full((B, num_steps, layout.num_slots), EMPTY, device=device)
-    length = ids.shape[1]
-    cache = stage.transformer.make_cache(B, length + num_steps) if use_cache else None
-    fresh = ids
+    layout = stage.layout
+    rows = _rows(stage, prompts, max_frames, seeds)
+    num_steps = rows.known.shape[1]
+    ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * len(prompts), num_steps)
+    cache = None
+    if use_cache:
+        cache = stage.transformer.make_cache(len(prompts), ids.shape[1] + num_steps)
+    out, fresh = [], ids
     for j in range(num_steps):
-        seen = None if mask is None else mask[:, : length + j]
+        seen = None if mask is None else mask[:, : ids.shape[1]]
         hidden = stage.hidden(fresh if use_cache else ids, seen, cache)[:, -1]  # [B,dim]
-        for slot in range(layout.num_slots):
-            head = j % K if layout.pattern == "flatten" else slot
-            frame = prompt_frames + (j // K if layout.pattern == "flatten" else j - slot)
-            logits = stage.heads[head](hidden)
-            if head == 0:  # a clip has at least one frame
-                logits[:, layout.eos].masked_fill_(frame == 0, float("-inf"))
-            code = draw(logits, uniform[:, j, slot], sampling)
-            code = torch.where(known[:, j, slot] == IGNORE, code, known[:, j, slot])
-            if head == 0:
-                ended = (code == layout.eos) & (frame < num_frames)
-                num_frames = torch.where(ended, frame, num_frames)
-            out[:, j, slot] = code.masked_fill((frame < 0) | (frame >= num_frames), EMPTY)
-        whole = prompt_frames + ((j + 1) // K if layout.pattern == "flatten" else j + 2 - K)
-        num_active = int((whole < num_frames).sum())
-        if on_frame is not None and (layout.pattern == "delay" or (j + 1) % K == 0):
+        out.append(_draw_step(stage, hidden, j, rows, sampling))
+        num_active = int((_frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames).sum())
+        if on_frame is not None and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0):
             on_frame(num_active)
         if num_active == 0:
             break
-        fresh = _to_ids(stage, out[:, j : j + 1], j)
-        ids = torch.cat([ids, fresh], dim=1) if not use_cache else ids
+        fresh = _to_ids(stage, out[-1], j)
+        ids = torch.cat([ids, fresh], dim=1)
+    steps = torch.stack(out, dim=1).cpu()  # [B,steps,S]
     return [
-        _finish(stage, prompt, steps, int(total))
-        for prompt, steps, total in zip(prompts, out.cpu(), num_frames, strict=True)
+        _finish(stage, prompt, row, int(total))
+        for prompt, row, total in zip(prompts, steps, rows.num_frames, strict=True)
     ]
+
+
+@dataclass
+class _Rows:
+    """The clips being generated: frames in each prompt [B], frames each will have [B] (shrinks at
+    EOS), what prompts fix of the steps to come [B,steps,S], uniform numbers [B,steps,S]."""
+
+    prompt_frames: Tensor
+    num_frames: Tensor
+    known: Tensor
+    uniform: Tensor
+
+
+def _rows(stage: Stage, prompts: list[Tensor], max_frames: list[int], seeds: list[int]) -> _Rows:
+    device = stage.embed.weight.device
+    totals = [max(n, prompt.shape[1]) for n, prompt in zip(max_frames, prompts, strict=True)]
+    steps = [
+        stage.layout.num_steps(total) - _whole_steps(stage, prompt)
+        for total, prompt in zip(totals, prompts, strict=True)
+    ]
+    return _Rows(
+        torch.tensor([prompt.shape[1] for prompt in prompts], device=device),
+        torch.tensor(totals, device=device),
+        torch.stack([_known(stage, prompt, max(steps)) for prompt in prompts]).to(device),
+        _uniform(seeds, steps, stage.layout.num_slots).to(device),
+    )
+
+
+def _frame(stage: Stage, step: int, slot: int) -> int:
+    """The frame, counted from the end of the prompt, in `slot` at `step`; slot -1 is the last."""
+    if stage.layout.pattern == "flatten":
+        return step // stage.layout.num_codebooks
+    return step - slot % stage.layout.num_codebooks
+
+
+def _draw_step(stage: Stage, hidden: Tensor, j: int, rows: _Rows, sampling: Sampling) -> Tensor:
+    """hidden [B,dim] -> the codes [B,S] of step j, EMPTY outside a clip; notes EOS in `rows`."""
+    layout, codes = stage.layout, []
+    for slot in range(layout.num_slots):
+        head = j % layout.num_codebooks if layout.pattern == "flatten" else slot
+        frame = rows.prompt_frames + _frame(stage, j, slot)  # [B]
+        logits, known = stage.heads[head](hidden), rows.known[:, j, slot]
+        if head == 0:  # a clip has at least one frame
+            logits[:, layout.eos].masked_fill_(frame == 0, float("-inf"))
+        code = draw(logits, rows.uniform[:, j, slot], sampling)
+        code = torch.where(known == IGNORE, code, known)
+        if head == 0:
+            ended = (code == layout.eos) & (frame < rows.num_frames)
+            rows.num_frames = torch.where(ended, frame, rows.num_frames)
+        codes.append(code.masked_fill((frame < 0) | (frame >= rows.num_frames), EMPTY))
+    return torch.stack(codes, dim=1)
 
 
 def generate_windows(
@@ -243,13 +275,13 @@ def _known(stage: Stage, prompt: Tensor, num_steps: int) -> Tensor:
 
 
 def _to_ids(stage: Stage, codes: Tensor, step: int) -> Tensor:
-    """Drawn codes [B,1,S] of one step -> the next input ids [B,1,S]."""
+    """Drawn codes [B,S] of one step -> the next input ids [B,1,S]."""
     layout = stage.layout
     offsets = layout.target_ids(torch.zeros(layout.num_codebooks, 1, dtype=torch.long))[:, 0]
     if layout.pattern == "flatten":
         offsets = offsets[step % layout.num_codebooks][None]
     ids = codes + offsets.to(codes.device)
-    return ids.masked_fill(codes < 0, PAD)
+    return ids.masked_fill(codes < 0, PAD)[:, None]
 
 
 def _finish(stage: Stage, prompt: Tensor, steps: Tensor, num_frames: int) -> Tensor:

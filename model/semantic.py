@@ -9,9 +9,9 @@ made, `semantic.safetensors` holds mean, std [F] and centroids [num_tokens, F].
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from urllib.error import URLError
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -31,7 +31,7 @@ HUBERT_NAMES = ("hubert_base", "hubert_large", "hubert_xlarge")
 class MfccConfig:
     """Features of `MfccKMeans`: `num_mfcc` coefficients, their deltas and delta-deltas."""
 
-    kind: str = "mfcc"
+    kind: Literal["mfcc"] = "mfcc"
     sample_rate: int = 16_000
     hop_length: int = 320
     window_length: int = 400
@@ -45,51 +45,47 @@ class MfccConfig:
 class HubertConfig:
     """Features of `HubertKMeans`: the output of transformer layer `layer`, counted from 1."""
 
-    kind: str = "hubert"
+    kind: Literal["hubert"] = "hubert"
+    sample_rate: int = 16_000
+    hop_length: int = 320
+    window_length: int = 400
+    """Both of HuBERT's stack of convolutions, the same for all its sizes."""
     model: str = "hubert_base"
-    """A torchaudio pipeline by name: hubert_base, hubert_large or hubert_xlarge."""
+    """A torchaudio pipeline by name, one of HUBERT_NAMES."""
     layer: int = 7
     weights: str | None = None
     """A state-dict file in torchaudio's format, relative to the folder; None: by name (network)."""
     weights_sha256: str | None = None
     """Of the tensors in use: the centroids mean nothing on top of other weights."""
-    sample_rate: int = 16_000
-    normalize_waveform: bool = False
-    """Zero mean, unit variance per clip first, as the large and xlarge models expect."""
-    architecture: dict | None = None
-    """Arguments of `torchaudio.models.wav2vec2_model`; None: those of `model`."""
 
 
 class SemanticTokenizer(nn.Module):
     """Frame features [F], normalised, named by the nearest of `num_tokens` centroids.
 
-    Attributes: `name` (what `load_semantic` was given; `fingerprint` identifies), `sample_rate`, `hop_length`, `frame_rate`, `num_tokens`, `fingerprint`.
+    Attributes: `name` (what `load_semantic` was given; `fingerprint` identifies), `sample_rate`,
+    `hop_length`, `frame_rate`, `num_tokens` (0 before `set_codebook`), `fingerprint`.
     """
 
     mean: Tensor  # [F]
     std: Tensor  # [F]
     centroids: Tensor  # [num_tokens, F]
 
-    def __init__(self, config: MfccConfig | HubertConfig, hop_length: int, num_features: int):
+    def __init__(self, config: MfccConfig | HubertConfig, num_features: int):
         super().__init__()
-        self.config, self.name = config, ""
-        self.num_features = num_features
-        self.sample_rate = config.sample_rate
-        self.hop_length = hop_length
-        self.frame_rate = config.sample_rate / hop_length
+        self.config, self.name, self.num_features = config, "", num_features
+        self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
+        self.frame_rate = config.sample_rate / config.hop_length
         for name in ("mean", "std", "centroids"):
             self.register_buffer(name, torch.empty(0), persistent=False)
 
     @property
     def num_tokens(self) -> int:
-        """The number of centroids; 0 before `set_codebook`."""
         return self.centroids.shape[0]
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits of sha256 over the config (less where weights lie) and the tensors."""
-        config = asdict(self.config)
-        config.pop("weights", None)
+        config = {key: value for key, value in asdict(self.config).items() if key != "weights"}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         digest.update(_hash_tensors(self._tensors()).encode())
         return digest.hexdigest()[:16]
@@ -104,7 +100,6 @@ class SemanticTokenizer(nn.Module):
 
         Every wav of a batch is taken to be L long: padded clips would get tokens of silence.
         """
-        assert self.num_tokens > 0, "no centroids yet: set_codebook or load_semantic first"
         features = (self.features(wav) - self.mean) / self.std
         return nearest_centroid(features.flatten(0, 1), self.centroids).view(features.shape[:2])
 
@@ -114,14 +109,11 @@ class SemanticTokenizer(nn.Module):
             if tensor.shape[-1:] != (self.num_features,) or not tensor.isfinite().all():
                 shape = list(tensor.shape)
                 raise ValueError(f"{name} {shape}: not finite, or not {self.num_features} wide")
-        device = self.mean.device
-        self.mean, self.std = mean.float().to(device), std.float().to(device)
-        self.centroids = centroids.float().to(device)
+            setattr(self, name, tensor.float().to(self.mean.device))
 
     def save(self, folder: str | Path) -> None:
         """Write `semantic.safetensors`, then `config.json`, each atomically, into `folder`."""
-        folder = Path(folder)
-        config = asdict(self.config)
+        folder, config = Path(folder), asdict(self.config)
         if config.get("weights"):  # relative to the folder, so that the two can move together
             config["weights"] = Path(os.path.relpath(config["weights"], folder)).as_posix()
         with atomic_write(folder / TENSOR_FILE, "wb") as file:
@@ -131,37 +123,41 @@ class SemanticTokenizer(nn.Module):
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"centroids": self.centroids, "mean": self.mean, "std": self.std}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def _pad(self, wav: Tensor) -> Tensor:
+        """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop): exactly T windows fit.
+
+        Zeros on the right up to T whole hops, then (window - hop) / 2 on both sides: window t is
+        centred on codec frame t.
+        """
+        overlap = self.config.window_length - self.hop_length
+        right = -wav.shape[2] % self.hop_length + overlap - overlap // 2
+        return F.pad(wav, (overlap // 2, right)).squeeze(1)
 
 
 class MfccKMeans(SemanticTokenizer):
-    """MFCC + deltas + delta-deltas, F = 3 * num_mfcc. Frame t is centred on codec frame t.
+    """MFCC + deltas + delta-deltas, F = 3 * num_mfcc.
 
-    The wav is padded with zeros on the right to T whole hops, then by (window - hop) / 2 on both
-    sides: T windows fit exactly. Log-mel energies, not decibels below the clip's peak: a frame's
-    features then depend on its neighbourhood alone, so a crop gets the tokens of the whole clip.
+    Log-mel energies, not decibels below the clip's peak: a frame's features then depend on its
+    neighbourhood alone, so a crop gets the tokens of the whole clip.
     """
 
     def __init__(self, config: MfccConfig | None = None):
         config = config or MfccConfig()
-        super().__init__(config, config.hop_length, num_features=3 * config.num_mfcc)
+        super().__init__(config, num_features=3 * config.num_mfcc)
+        spectrogram = {"n_fft": config.window_length, "hop_length": config.hop_length}
         self.mfcc = torchaudio.transforms.MFCC(
             sample_rate=config.sample_rate,
             n_mfcc=config.num_mfcc,
             log_mels=True,
-            melkwargs={
-                "n_fft": config.window_length,
-                "hop_length": config.hop_length,
-                "n_mels": config.num_mels,
-                "center": False,
-            },
+            melkwargs={**spectrogram, "n_mels": config.num_mels, "center": False},
         )
 
     @torch.no_grad()
     def features(self, wav: Tensor) -> Tensor:
         """wav [B, 1, L] -> MFCC, deltas and delta-deltas [B, T, 3 * num_mfcc]."""
-        wav = _pad_to_frames(wav, self.hop_length, self.config.window_length)
-        mfcc = self.mfcc(wav.squeeze(1))  # [B, 1, L'] -> [B, num_mfcc, T]
+        mfcc = self.mfcc(self._pad(wav))  # [B, num_mfcc, T]
         delta = torchaudio.functional.compute_deltas(mfcc, self.config.delta_window)
         delta2 = torchaudio.functional.compute_deltas(delta, self.config.delta_window)
         return torch.cat([mfcc, delta, delta2], dim=1).transpose(1, 2)  # [B, F, T] -> [B, T, F]
@@ -170,68 +166,65 @@ class MfccKMeans(SemanticTokenizer):
 class HubertKMeans(SemanticTokenizer):
     """A HuBERT layer's features. `folder` is what `config.weights` is relative to.
 
-    HuBERT's convolutions give floor((L - 400) / 320) + 1 frames. So the wav is padded with zeros on
-    the right to T * 320 samples, then by (400 - 320) / 2 = 40 on both sides: exactly T frames, each
-    centred on codec frame t. Self-attention sees the whole clip: a crop's tokens can differ.
-
-    ValueError: unknown model, no network, unreadable weights, or not those the centroids belong to.
+    Self-attention sees the whole clip: a crop's tokens can differ. ValueError: unknown model, no
+    network, unreadable weights, or not those the centroids belong to.
     """
 
     def __init__(self, config: HubertConfig | None = None, folder: str | Path = "."):
         config = config or HubertConfig()
-        hubert, config = _load_hubert(config, Path(folder))
-        convolutions = [layer.conv for layer in hubert.feature_extractor.conv_layers]
-        hop_length, window_length = 1, 1
-        for conv in convolutions:  # receptive field and stride of the whole stack
-            window_length += (conv.kernel_size[0] - 1) * hop_length
-            hop_length *= conv.stride[0]
-        width = hubert.encoder.transformer.layers[0].final_layer_norm.normalized_shape[0]
-        super().__init__(config, hop_length, num_features=width)
-        self.window_length = window_length
+        if config.model not in HUBERT_NAMES:
+            known = ", ".join(HUBERT_NAMES)
+            raise ValueError(f"HuBERT model {config.model!r} is unknown; choose one of {known}")
+        if config.weights is None:
+            source, hubert = config.model, _hubert_by_name(config.model)
+        else:
+            config = replace(config, weights=str(Path(folder, config.weights)))
+            source, hubert = config.weights, _hubert_from_file(config.model, config.weights)
+        layers = hubert.encoder.transformer.layers
+        if not 1 <= config.layer <= len(layers):
+            raise ValueError(f"{source}: layer {config.layer} asked for, it has 1 to {len(layers)}")
+        del layers[config.layer :]  # never run: neither memory nor fingerprint needs them
+        sha256 = _hash_tensors(hubert.state_dict())
+        if config.weights_sha256 not in (None, sha256):
+            raise ValueError(
+                f"{source}: not the weights these centroids were fitted on (sha256 {sha256[:16]}, "
+                f"expected {config.weights_sha256[:16]}); pass the right file or fit again"
+            )
+        width = hubert.encoder.feature_projection.projection.out_features
+        super().__init__(replace(config, weights_sha256=sha256), num_features=width)
         self.hubert = hubert.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "HubertKMeans":
-        """Stays in eval mode: dropout would make the tokens random."""
-        return super().train(False)
 
     @torch.no_grad()
     def features(self, wav: Tensor) -> Tensor:
         """wav [B, 1, L] -> the output of layer `layer` [B, T, encoder_embed_dim]."""
-        if self.config.normalize_waveform:  # over the real samples, before any padding
-            wav = F.layer_norm(wav, wav.shape[-1:])
-        wav = _pad_to_frames(wav, self.hop_length, self.window_length)
-        layers, _ = self.hubert.extract_features(wav.squeeze(1), num_layers=self.config.layer)
+        if self.config.model != "hubert_base":  # the larger ones were trained on normalised wavs
+            wav = F.layer_norm(wav, wav.shape[-1:])  # before any padding
+        layers, _ = self.hubert.extract_features(self._pad(wav), num_layers=self.config.layer)
         return layers[-1]  # [B, T, F]
 
 
 def load_semantic(name: str, device: str | torch.device = "cpu") -> SemanticTokenizer:
-    """Load the tokenizer of a folder; `folder:FILE` takes HuBERT's weights from FILE instead.
+    """Load the tokenizer of the folder `name`.
 
     ValueError: no such folder, a file of it missing or malformed, or HuBERT's weights (see there).
     """
-    folder, weights = Path(name), None
-    if not folder.is_dir() and ":" in name:
-        head, _, weights = name.partition(":")
-        folder = Path(head)
-    if not (folder / CONFIG_FILE).is_file() or not (folder / TENSOR_FILE).is_file():
+    folder, tensor_file = Path(name), Path(name, TENSOR_FILE)
+    if not (folder / CONFIG_FILE).is_file() or not tensor_file.is_file():
         raise ValueError(
             f"{folder}: not a semantic tokenizer ({CONFIG_FILE} and {TENSOR_FILE} expected); pass "
             "pretrained/semantic_mfcc or a folder made by scripts.fit_kmeans"
         )
-    config = _read_config(folder / CONFIG_FILE)
-    if weights is not None:
-        if isinstance(config, MfccConfig):
-            raise ValueError(f"{name}: {folder} uses MFCCs and takes no weights; pass {folder}")
-        config = HubertConfig(**{**asdict(config), "weights": os.path.abspath(weights)})
-    if isinstance(config, MfccConfig):
-        tokenizer: SemanticTokenizer = MfccKMeans(config)
-    else:
-        tokenizer = HubertKMeans(config, folder)
     try:
-        tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
-        tokenizer.set_codebook(tensors["mean"], tensors["std"], tensors["centroids"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder / TENSOR_FILE}: damaged or not ours ({error})") from None
+        entries = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = {"mfcc": MfccConfig, "hubert": HubertConfig}[entries["kind"]](**entries)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: damaged or not ours ({error!r})") from None
+    is_mfcc = isinstance(config, MfccConfig)
+    tokenizer = MfccKMeans(config) if is_mfcc else HubertKMeans(config, folder)
+    try:
+        tokenizer.set_codebook(**safetensors.torch.load_file(tensor_file))
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{tensor_file}: damaged or not ours ({error})") from None
     tokenizer.name = name
     return tokenizer.to(device).eval()
 
@@ -245,87 +238,33 @@ def nearest_centroid(features: Tensor, centroids: Tensor) -> Tensor:
     return (half_norm - features @ centroids.T).argmin(dim=1)
 
 
-def collapse_repeats(semantic_tokens: Tensor) -> Tensor:
-    """semantic_tokens [T] -> [T'] with runs of one token shortened to one: 5 5 9 9 5 -> 5 9 5."""
-    return torch.unique_consecutive(semantic_tokens)
-
-
-def _pad_to_frames(wav: Tensor, hop_length: int, window_length: int) -> Tensor:
-    """wav [B, 1, L] -> [B, 1, T * hop + window - hop], T = ceil(L / hop), zeros on both sides."""
-    assert wav.shape[1:-1] == (1,), f"expected wav [B, 1, L], got {list(wav.shape)}"
-    assert wav.shape[2] > 0, "an empty wav has no frames"
-    overlap = window_length - hop_length
-    right = -wav.shape[2] % hop_length + overlap - overlap // 2
-    return F.pad(wav, (overlap // 2, right))
-
-
 def _hash_tensors(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read_config(path: Path) -> MfccConfig | HubertConfig:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        schema = {"mfcc": MfccConfig, "hubert": HubertConfig}[entries["kind"]]
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f'{path}: expected JSON with "kind": "mfcc" or "hubert"') from None
-    unknown = sorted(set(entries) - {field.name for field in fields(schema)})
-    if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]}; this version cannot read it")
-    return schema(**entries)
-
-
-def _load_hubert(config: HubertConfig, folder: Path) -> tuple[nn.Module, HubertConfig]:
-    """The model up to `config.layer`, and the config with what is now known of the weights."""
-    if config.model not in HUBERT_NAMES:
-        known = ", ".join(HUBERT_NAMES)
-        raise ValueError(f"HuBERT model {config.model!r} is unknown; choose one of {known}")
-    if config.weights is None:
-        hubert, source = _hubert_by_name(config.model), config.model
-    else:
-        hubert, source = _hubert_from_file(config, folder / config.weights), config.weights
-    layers = hubert.encoder.transformer.layers
-    if not 1 <= config.layer <= len(layers):
-        raise ValueError(f"{source}: layer {config.layer} asked for, it has 1 to {len(layers)}")
-    del layers[config.layer :]  # never run: neither memory nor fingerprint needs them
-    sha256 = _hash_tensors(hubert.state_dict())
-    if config.weights_sha256 not in (None, sha256):
-        raise ValueError(
-            f"{source}: not the weights these centroids were fitted on (sha256 {sha256[:16]}, "
-            f"expected {config.weights_sha256[:16]}); pass the right file or fit again"
-        )
-    known = {"weights_sha256": sha256, "weights": config.weights and str(folder / config.weights)}
-    if config.architecture is None:
-        known["normalize_waveform"] = config.model != "hubert_base"
-    return hubert, HubertConfig(**{**asdict(config), **known})
 
 
 def _hubert_by_name(name: str) -> nn.Module:
     bundle = getattr(torchaudio.pipelines, name.upper())
     try:  # the one place here that asks the network, and only for a model asked for by name
         model = bundle.get_model(dl_kwargs={"weights_only": True, "map_location": "cpu"})
-    except (URLError, OSError) as error:
+    except OSError as error:
         raise ValueError(
             f"{name}: its weights are not cached and could not be downloaded ({error}); connect "
-            "once, or pass torchaudio's file of them: --weights FILE, or FOLDER:FILE for a folder"
+            "once, or fit with torchaudio's file of them: --weights FILE"
         ) from None
     return getattr(model, "model", model)  # large models come wrapped with the normalisation
 
 
-def _hubert_from_file(config: HubertConfig, path: Path) -> nn.Module:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file with HuBERT weights; name it as FOLDER:FILE")
-    if config.architecture is None:
-        model = getattr(torchaudio.models, config.model)()
-    else:
-        model = torchaudio.models.wav2vec2_model(**config.architecture)
+def _hubert_from_file(name: str, path: str) -> nn.Module:
+    if not Path(path).is_file():
+        raise ValueError(f'{path}: no such file; correct "weights" in the {CONFIG_FILE} naming it')
+    model = getattr(torchaudio.models, name)()
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # pickle, zip and key errors alike: the file is not the one
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: not weights of {config.model} ({reason})") from None
+        raise ValueError(f"{path}: not weights of {name} ({reason})") from None
     return model

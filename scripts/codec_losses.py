@@ -81,8 +81,7 @@ def generator_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> di
 class Balancer:
     """Turns losses into one gradient in which each loss has its weight's share (equation 5).
 
-    Written here because the encodec package on PyPI does not hold the paper's balancer. For loss
-    i with weight w_i and gradient g_i with respect to the output wav,
+    The encodec package lacks it. For loss i with weight w_i and gradient g_i at the output wav,
 
         g = sum_i  w_i / sum_j w_j  *  g_i / E|g_i|,
 

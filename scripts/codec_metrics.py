@@ -1,8 +1,4 @@
-"""Figures for one reconstructed clip: STOI, SI-SDR, mel distance. Shared by training and evaluate.
-
-torchmetrics and pystoi are optional: without them a figure is None and one line says what to
-install.
-"""
+"""Figures for one reconstructed clip: STOI, SI-SDR, mel distance."""
 
 import sys
 import warnings
@@ -10,57 +6,47 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from scripts.codec_losses import MEL_SCALES, MelDistance
 
 
 @cache
-def _say_missing(package: str, figure: str) -> None:
-    print(f"no {figure}: {package} is not installed; pip install {package}", file=sys.stderr)
+def _say_missing() -> None:
+    print("no STOI: pystoi is not installed; pip install pystoi", file=sys.stderr)
 
 
 def stoi(estimate: Tensor, target: Tensor, sample_rate: int) -> float | None:
-    """Short-time objective intelligibility (Taal et al. 2011) of wav [1, L], up to 1, or None.
+    """Short-time objective intelligibility (Taal et al. 2011) of wav [1, L], up to 1.
 
-    None also where it is not defined: clips with less than about 0.4 s of speech in them.
+    None where it is not defined (less than about 0.4 s of speech), and without pystoi, said once.
     """
     try:
-        import pystoi  # noqa: F401  (what torchmetrics calls)
-        from torchmetrics.functional.audio.stoi import short_time_objective_intelligibility
-    except ImportError as error:
-        _say_missing("torchmetrics" if "torchmetrics" in str(error) else "pystoi", "STOI")
-        return None
+        import pystoi
+    except ImportError:
+        return _say_missing()
+    clean, degraded = (wav[0].double().cpu().numpy() for wav in (target, estimate))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
         try:
-            value = short_time_objective_intelligibility(
-                estimate[0].double().cpu(), target[0].double().cpu(), sample_rate
-            )
+            return float(pystoi.stoi(clean, degraded, sample_rate))
         except RuntimeWarning:
             return None
-    return float(value)
 
 
 def si_sdr(estimate: Tensor, target: Tensor) -> float | None:
-    """Scale-invariant signal-to-distortion ratio of wav [1, L] in dB, or None for silence."""
-    try:
-        from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-    except ImportError:
-        _say_missing("torchmetrics", "SI-SDR")
-        return None
-    if target.abs().max() == 0 or estimate.abs().max() == 0:
-        return None
-    return float(scale_invariant_signal_distortion_ratio(estimate[0].double(), target[0].double()))
+    """Scale-invariant signal-to-distortion ratio of wav [1, L] in dB; None where not finite."""
+    estimate, target = estimate.double(), target.double()
+    scaled = (estimate * target).sum() / target.square().sum() * target
+    ratio = scaled.square().sum() / (scaled - estimate).square().sum()
+    return float(10 * ratio.log10()) if 0 < ratio < torch.inf else None
 
 
 @torch.no_grad()
 def mel_distance(distance: MelDistance, estimate: Tensor, target: Tensor) -> float:
     """Mean absolute difference of log10 mel magnitudes of wav [1, L], over several windows."""
-    least = max(window for window, _ in MEL_SCALES)
-    pad = (0, max(0, least - target.shape[-1]))
-    estimate = torch.nn.functional.pad(estimate, pad)
-    target = torch.nn.functional.pad(target, pad)
-    return float(distance(estimate[None], target[None], log_only=True))
+    pad = (0, max(0, MEL_SCALES[-1][0] - target.shape[-1]))  # to the longest window
+    return float(distance(F.pad(estimate, pad)[None], F.pad(target, pad)[None], log_only=True))
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -1,7 +1,6 @@
 """Fit the centroids of a semantic tokenizer: features of many recordings -> k-means -> a folder."""
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +61,9 @@ def kmeans(
     """features [N, F] -> centroids [num_tokens, F] and inertia (mean squared distance to them).
 
     k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's iterations over all frames until inertia
-    falls by less than `tolerance` of itself. A centroid without frames moves to a frame drawn like
-    a new k-means++ seed. The same seed gives the same centroids on the same kind of device.
-    ValueError: fewer distinct frames than tokens.
+    falls by less than `tolerance` of itself. A centroid without frames stays where it is. The same
+    seed gives the same centroids on the same kind of device. ValueError: fewer distinct frames
+    than tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     centroids = _seed_centroids(features, num_tokens, generator)
@@ -74,13 +73,11 @@ def kmeans(
         sums, counts, distances = _assign(features, centroids)
         inertia = distances.double().mean().item()
         bar.set_postfix(inertia=f"{inertia:.4f}")
-        dead = counts == 0
-        if not dead.any() and previous - inertia <= tolerance * inertia:
+        if previous - inertia <= tolerance * inertia:
             break
         previous = inertia
-        centroids = (sums / counts.clamp(min=1)[:, None]).to(features.dtype)
-        if dead.any():
-            centroids[dead] = features[_draw(distances, int(dead.sum()), generator)]
+        means = (sums / counts.clamp(min=1)[:, None]).to(features.dtype)
+        centroids = torch.where(counts[:, None] > 0, means, centroids)
     return centroids, _assign(features, centroids)[2].double().mean().item()
 
 
@@ -97,19 +94,11 @@ def _seed_centroids(features: Tensor, num_tokens: int, generator: torch.Generato
     distances = torch.full_like(frames[:, 0], float("inf"))
     for _ in tqdm(range(1, num_tokens), desc="seeds", unit="token", disable=None, leave=False):
         distances = torch.minimum(distances, (frames - seeds[-1]).square().sum(1))
-        seeds.append(frames[_draw(distances, 1, generator)[0]])
+        cumulative = distances.double().cumsum(0).cpu()
+        point = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        drawn = int(torch.searchsorted(cumulative, point, right=True))
+        seeds.append(frames[min(drawn, len(frames) - 1)])
     return torch.stack(seeds)  # [num_tokens, F]
-
-
-def _draw(weights: Tensor, num: int, generator: torch.Generator) -> Tensor:
-    """`num` indices drawn in proportion to weights [N] by inverting their cumulative sum.
-
-    torch.multinomial would do, but it stops at 2^24 categories: 93 h of frames.
-    """
-    cumulative = weights.double().cumsum(0).cpu()
-    points = torch.rand(num, generator=generator, dtype=torch.float64) * cumulative[-1]
-    drawn = torch.searchsorted(cumulative, points, right=True)
-    return drawn.clamp(max=weights.shape[0] - 1).to(weights.device)
 
 
 def _assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,56 +106,33 @@ def _assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     float64 sums: on a GPU index_add_ adds in any order, which then shows in no float32 centroid.
     """
-    num_tokens = centroids.shape[0]
     sums = torch.zeros_like(centroids, dtype=torch.float64)
-    counts = torch.zeros(num_tokens, dtype=torch.int64, device=centroids.device)
+    counts = torch.zeros(len(centroids), dtype=torch.int64, device=centroids.device)
     distances = []
     for frames in features.split(CHUNK):
         nearest = nearest_centroid(frames, centroids)  # [n]
         sums.index_add_(0, nearest, frames.double())
-        counts += torch.bincount(nearest, minlength=num_tokens)
+        counts += torch.bincount(nearest, minlength=len(centroids))
         distances.append((frames - centroids[nearest]).square().sum(1))
     return sums, counts, torch.cat(distances)
 
 
-def fit(tokenizer: SemanticTokenizer, features: Tensor, num_tokens: int, seed: int) -> dict:
-    """Give `tokenizer` its codebook, fitted on raw features [N, F]; returns what to report."""
+def fit(tokenizer: SemanticTokenizer, features: Tensor, num_tokens: int, seed: int) -> float:
+    """Give `tokenizer` its codebook, fitted on raw features [N, F]; returns the inertia."""
     mean, std = features.double().mean(0), features.double().std(0).clamp(min=1e-5)
     if isinstance(tokenizer, HubertKMeans):  # the literature clusters raw features: so do we
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
-    device = tokenizer.mean.device
-    normalised = ((features - mean) / std).float().to(device)
+    normalised = ((features - mean) / std).float().to(tokenizer.mean.device)
     centroids, inertia = kmeans(normalised, num_tokens, seed)
     tokenizer.set_codebook(mean, std, centroids)
-    share = _assign(normalised, centroids)[1].double() / features.shape[0]  # [num_tokens]
-    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
-    return {
-        "num_frames": features.shape[0],
-        "inertia": inertia,
-        "inertia_per_feature": inertia / features.shape[1],
-        "tokens_used": int((share > 0).sum()),
-        "perplexity": perplexity,
-    }
-
-
-def build_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTokenizer:
-    """A tokenizer without centroids. ValueError: unknown features, options of the other kind."""
-    if features == "mfcc":
-        if weights is not None:
-            raise ValueError("--weights is for HuBERT features; drop it or pass --features")
-        return MfccKMeans()
-    if features not in HUBERT_NAMES:
-        known = ", ".join(("mfcc", *HUBERT_NAMES))
-        raise ValueError(f"--features {features}: unknown, choose one of {known}")
-    weights = None if weights is None else str(Path(weights).resolve())
-    return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
+    return inertia
 
 
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
     parser.add_argument("--out", required=True, help="folder to write the tokenizer to")
-    parser.add_argument("--features", default="mfcc", help=f"mfcc, {', '.join(HUBERT_NAMES)}")
+    parser.add_argument("--features", default="mfcc", choices=("mfcc", *HUBERT_NAMES))
     parser.add_argument("--num-tokens", type=int, default=500, help="centroids (default 500)")
     parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
     parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
@@ -182,21 +148,31 @@ def main() -> None:
         raise ValueError(f"{out}: already exists; choose another --out or pass --force")
     if not 1 < args.num_tokens <= 65_536:
         raise ValueError(f"--num-tokens {args.num_tokens}: choose 2 to 65536 (tokens are uint16)")
-    recordings = find_recordings(args.audio)
-    recordings = list({recording.path: recording for recording in recordings}.values())
-    if args.split is not None:
-        recordings = [r for r in recordings if r.split == args.split]
-        if not recordings:
-            raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
-    tokenizer = build_tokenizer(args.features, args.layer, args.weights).to(args.device).eval()
-    started = time.monotonic()
+    if args.weights and args.features == "mfcc":
+        raise ValueError("--weights is for HuBERT features; drop it or pass --features")
+    recordings = {recording.path: recording for recording in find_recordings(args.audio)}.values()
+    recordings = [r for r in recordings if args.split in (None, r.split)]
+    if not recordings:
+        raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
+    if args.features == "mfcc":
+        tokenizer: SemanticTokenizer = MfccKMeans()
+    else:
+        tokenizer = HubertKMeans(
+            HubertConfig(model=args.features, layer=args.layer, weights=args.weights)
+        )
+    tokenizer = tokenizer.to(args.device).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
-    report = fit(tokenizer, features, args.num_tokens, args.seed)
+    inertia = fit(tokenizer, features, args.num_tokens, args.seed)
     tokenizer.save(out)
-    for key, value in report.items():
-        print(f"{key:20} {value:.4f}" if isinstance(value, float) else f"{key:20} {value}")
-    print(f"wrote {out}: {tokenizer.num_tokens} tokens, fingerprint {tokenizer.fingerprint}, ", end="")
-    print(f"in {time.monotonic() - started:.0f} s")
+    normalised = (features.to(args.device) - tokenizer.mean) / tokenizer.std
+    tokens = torch.cat([nearest_centroid(x, tokenizer.centroids) for x in normalised.split(CHUNK)])
+    share = torch.bincount(tokens) / len(tokens)
+    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
+    print(
+        f"{len(features)} frames of {features.shape[1]} features: inertia {inertia:.2f}, "
+        f"perplexity of the tokens' histogram {perplexity:.1f} of {args.num_tokens}"
+    )
+    print(f"wrote {out}: {tokenizer.num_tokens} tokens, fingerprint {tokenizer.fingerprint}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ class Run:
     train: dict[int, dict] = field(default_factory=dict)
     valid: dict[int, dict] = field(default_factory=dict)
     seconds: float = 0.0  # wall time, summed over the sessions of a resumed run
-    config: str = ""
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Clip:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read RUN/log.jsonl and RUN/config.yaml.
+    """Read RUN/log.jsonl.
 
     ValueError: no log, a line that is not one of train.py's (a cut last one is left out), or
     nothing trained yet.
@@ -68,13 +67,11 @@ def read_run(folder: str | Path) -> Run:
             elif event["kind"] in ("train", "valid"):
                 getattr(run, event["kind"])[event["step"]] = event
             run.seconds = event["time"] - offset
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 raise ValueError(f"{log}, line {number}: not a line of train.py's log") from None
     if not run.start or not run.train:
         raise ValueError(f"{log}: no training step logged yet; train first, then report")
-    config = run.folder / "config.yaml"
-    run.config = config.read_text(encoding="utf-8") if config.is_file() else ""
     return run
 
 
@@ -83,43 +80,35 @@ def read_samples(folder: str | Path) -> list[tuple[dict, list[Clip]]]:
 
     ValueError names the JSON that is not a description, or the wav that it lists in vain.
     """
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such folder; write samples there first (scripts.sample)")
     found = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
-            MODES[meta["mode"]]
+            MODES[meta["mode"]], meta["sampling"], meta["command"]  # what the page will need
             clips = _clips(meta, path.parent)
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not one of scripts.sample's files ({error!r})") from None
         for clip in clips:
             if not clip.path.is_file():
                 raise ValueError(f"{path}: lists {clip.path.name}, which is not beside it")
         found.append((meta, clips))
     if not found:
-        raise ValueError(f"{folder}: no samples (NAME.json beside its wav files) in it")
+        raise ValueError(f"{folder}: no samples in it; write some there first (scripts.sample)")
     return sorted(found, key=lambda item: list(MODES).index(item[0]["mode"]))
 
 
 def _clips(meta: dict, folder: Path) -> list[Clip]:
     clips = []
-    if meta.get("original"):
+    if meta["prompt"]:
         clips.append(Clip(folder / meta["original"], "Original", "the recording"))
-    if meta.get("reconstruction"):
         clips.append(Clip(folder / meta["reconstruction"], "Codec", "coded and decoded"))
-    prompt = meta["prompt"]["seconds"] if meta["mode"] == "continuation" else 0.0
-    for index, name in enumerate(meta["files"]):
-        note = f"seed {meta['seeds'][index]}" if meta.get("seeds") else "generated"
-        clips.append(Clip(folder / name, f"Sample {index + 1}", note, prompt))
+    given = meta["prompt"]["seconds"] if meta["mode"] == "continuation" else 0.0
+    for number, (name, seed) in enumerate(zip(meta["files"], meta["seeds"], strict=False), 1):
+        clips.append(Clip(folder / name, f"Sample {number}", f"seed {seed}", given))
     return clips
 
 
 # ---- listening -----------------------------------------------------------------------------------
-
-
-def data_url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def render_samples(samples: list[tuple[dict, list[Clip]]]) -> str:
@@ -128,33 +117,27 @@ def render_samples(samples: list[tuple[dict, list[Clip]]]) -> str:
     longest = max(wav.shape[-1] for wav in wavs.values()) / SAMPLE_RATE
     page = ""
     for meta, clips in samples:
-        page += f"<section class='set'><h3>{MODES[meta['mode']]}</h3>{_given(meta)}"
-        page += f"<p class='small'>{escape(_sampling(meta.get('sampling') or {}))}</p>"
-        for clip in clips:
-            page += render_clip(clip, wavs[clip.path], longest, MODES[meta["mode"]])
-        if meta.get("command"):
-            command = escape(meta["command"])
-            page += f"<details><summary>Repeat this</summary><pre>{command}</pre></details>"
-        page += "</section>"
+        mode = MODES[meta["mode"]]
+        page += f"<section class='set'><h3>{mode}</h3>{_given(meta)}"
+        page += "".join(render_clip(clip, wavs[clip.path], longest, mode) for clip in clips)
+        command = f"<pre>{escape(meta['command'])}</pre>"
+        page += f"<details><summary>Repeat this</summary>{command}</details></section>"
     return page
 
 
-def _sampling(stages: dict[str, dict]) -> str:
-    """What was asked of each stage: "semantic: temperature 0.9, top-k 50 · coarse: ..."."""
-    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    asked = {
-        stage: [f"{k.replace('_', '-')} {v}" for k, v in knobs.items() if v != neutral.get(k)]
-        for stage, knobs in stages.items()
-    }
-    return " · ".join(f"{stage}: {', '.join(words)}" for stage, words in asked.items())
-
-
 def _given(meta: dict) -> str:
-    if not (prompt := meta.get("prompt")):
-        return ""
-    quote = f"<p class='quote'>“{escape(prompt['text'])}”</p>" if prompt.get("text") else ""
-    part = f"first {prompt['seconds']:.1f} s" if meta["mode"] == "continuation" else "tokens"
-    return f"{quote}<p class='small'>Given: the {part} of {escape(prompt['path'])}</p>"
+    """The prompt, and what was asked of each stage: "semantic: temperature 0.9 · coarse: ..."."""
+    words = ""
+    if prompt := meta["prompt"]:
+        words += f"<p class='quote'>“{escape(prompt['text'])}”</p>" if prompt.get("text") else ""
+        part = f"first {prompt['seconds']:.1f} s" if meta["mode"] == "continuation" else "tokens"
+        words += f"<p class='small'>Given: the {part} of {escape(prompt['path'])}</p>"
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    asked = []
+    for stage, knobs in meta["sampling"].items():
+        turned = [f"{k.replace('_', '-')} {v}" for k, v in knobs.items() if v != neutral.get(k)]
+        asked.append(f"{stage}: {', '.join(turned)}")
+    return f"{words}<p class='small'>{escape(' · '.join(asked))}</p>"
 
 
 def render_clip(clip: Clip, wav: Tensor, longest: float, mode: str) -> str:
@@ -165,8 +148,9 @@ def render_clip(clip: Clip, wav: Tensor, longest: float, mode: str) -> str:
         share = 100 * min(1.0, clip.prompt / seconds)
         marked = f"<span class='prompt' style='width:{share:.2f}%'><i>prompt</i></span>"
         label += f", of which the first {clip.prompt:.1f} are the prompt"
-    picture = data_url("image/png", spectrogram_png(wav, SAMPLE_RATE))
-    sound = data_url("audio/wav", clip.path.read_bytes())
+    picture = base64.b64encode(spectrogram_png(wav, SAMPLE_RATE)).decode()
+    sound = base64.b64encode(clip.path.read_bytes()).decode()
+    picture, sound = f"data:image/png;base64,{picture}", f"data:audio/wav;base64,{sound}"
     return f"""
 <figure class='clip'>
 <figcaption><b>{clip.title}</b><span>{escape(clip.note)}</span><span>{seconds:.1f} s</span>
@@ -249,16 +233,16 @@ def render_run(run: Run) -> str:
     facts = {
         "Folder": run.folder,
         "Started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start["time"])),
-        "Device": start.get("device"),
-        "Attention": start.get("attention"),
-        "Versions": ", ".join(f"{k} {v}" for k, v in (start.get("versions") or {}).items()),
-        "Git commit": start.get("commit"),
+        "Device": start["device"],
+        "Attention": start["attention"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+        "Git commit": start["commit"],
     }
     listed = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v)
-    config = f"<pre>{escape(run.config.strip() or 'no config.yaml in the run folder')}</pre>"
-    return (
-        f"<details><summary>{escape(start['stage'])}</summary><dl>{listed}</dl>{config}</details>"
-    )
+    file = run.folder / "config.yaml"
+    config = file.read_text(encoding="utf-8").strip() if file.is_file() else "no config.yaml"
+    details = f"<summary>{escape(start['stage'])}</summary><dl>{listed}</dl>"
+    return f"<details>{details}<pre>{escape(config)}</pre></details>"
 
 
 def render_page(runs: list[Run], samples: list[tuple[dict, list[Clip]]]) -> str:

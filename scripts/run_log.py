@@ -1,6 +1,7 @@
 """What a run says of itself: log.jsonl, one progress line in a terminal, wandb where asked for."""
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from configs.codec_schema import CodecTrainConfig
 from configs.schema import RunConfig
+from model.layouts import Sequences
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
     "H100": 989e12,
@@ -51,16 +54,48 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": device_name(device), "versions": versions, "commit": commit}
 
 
+class Meter:
+    """Sums since they were last read: nats and targets per codebook, codec frames, places."""
+
+    def __init__(self, num_codebooks: int, device: torch.device):
+        self.nats = torch.zeros(num_codebooks, device=device)  # summed on the device: no host sync
+        self.counts = [0] * (num_codebooks + 2)  # targets per codebook, codec frames, places
+
+    def add(self, nats: torch.Tensor, batch: Sequences, num_frames: int) -> None:
+        self.nats += nats.detach()
+        new = (*(len(t) for t in batch.targets), num_frames, batch.num_places)
+        self.counts = [old + n for old, n in zip(self.counts, new, strict=True)]
+
+    def read(self, process: Accelerator, frame_rate: float) -> dict:
+        """Means over all processes: nats per token (of each codebook), bits per second of audio."""
+        counts = torch.tensor(self.counts, device=process.device, dtype=torch.float64)
+        nats = self.nats.double()
+        if process.num_processes > 1:
+            nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
+        *targets, frames, places = counts.tolist()
+        nats = nats.tolist()
+        return {
+            "loss": sum(nats) / max(1.0, sum(targets)),
+            "per_codebook": [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)],
+            "bits_per_second": sum(nats) / math.log(2) / max(1.0, frames) * frame_rate,
+            "places": int(places),
+        }
+
+
 class RunLog:
     """Appends to log.jsonl, moves the progress line, forwards numbers to wandb. Silent but on the
     main process."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, first_step: int):
+    def __init__(
+        self, config: RunConfig | CodecTrainConfig, accelerator: Accelerator, first_step: int
+    ):
         self.accelerator, self.path = accelerator, Path(config.out) / "log.jsonl"
         self.bar = None
         if accelerator.is_main_process and sys.stderr.isatty():
             total = config.train.steps
-            self.bar = tqdm(total=total, initial=first_step, desc=config.stage, unit="step")
+            self.bar = tqdm(
+                total=total, initial=first_step, desc=self.path.parent.name, unit="step"
+            )
         if config.wandb.mode != "off":
             options = {"wandb": {"mode": config.wandb.mode, "dir": config.out}}
             accelerator.init_trackers(config.wandb.project, asdict(config), options)

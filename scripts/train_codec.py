@@ -3,55 +3,74 @@
 One step: segments -> CodecTraining (SEANet, residual VQ) -> losses -> Balancer -> AdamW. Every
 random choice is a function of (seed, step, rank), so a resumed run equals an uninterrupted one.
 
-Writes to `out`: config.yaml, log.jsonl, checkpoint/state.safetensors, codec/ (the EMA weights,
-for load_codec) and samples/.
+Writes to `out`: config.yaml, log.jsonl, checkpoints/, samples/ and codec/ (the EMA weights, for
+load_codec).
 """
 
-import argparse
-import json
 import math
 import signal
 import sys
 import time
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from configs.codec_schema import CodecOptimConfig, CodecTrainConfig
+from configs.codec_schema import CodecConfig, CodecLossConfig, CodecOptimConfig, CodecTrainConfig
 from configs.load import load_config, save_config
 from data.audio import save_audio
-from data.segments import RandomSegments, Recordings, decode_recordings, find_split, spread
+from data.segments import RandomSegments, decode_recordings, find_split, spread
+from model.checkpoint import (
+    find_checkpoint,
+    read_state,
+    read_tensors,
+    rotate_checkpoints,
+    save_checkpoint,
+)
 from model.codec import Codec, build_discriminator, initialise_weights
 from model.codec_training import CodecTraining
+from model.optim import load_optimizer_tensors, optimizer_tensors
 from scripts.cli import make_parser, run_cli
-from scripts.codec_checkpoint import check_same_run, load_checkpoint, save_checkpoint, trim_log
-from scripts.codec_losses import Balancer, MelDistance, discriminator_loss, generator_losses
+from scripts.codec_losses import (
+    MEL_SCALES,
+    Balancer,
+    MelDistance,
+    discriminator_loss,
+    generator_losses,
+)
 from scripts.codec_metrics import mean, mel_distance, stoi
+from scripts.run_log import RunLog, environment
 
 EXAMPLES = """\
   python -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=../shared/corpus/manifest.jsonl out=runs/codec
   python -m scripts.train_codec --config configs/codec_16khz.yaml \\
-      data.audio=../shared/corpus/manifest.jsonl out=runs/codec train.max_minutes=30 --resume
+      data.audio=../shared/corpus/manifest.jsonl out=runs/codec --resume
   accelerate launch -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=recordings out=runs/codec"""
-VALID_SECONDS = 4.0
+VALID_SECONDS = 4  # of each validation clip
 DISCRIMINATOR_LEAD = 200  # steps it learns before its verdict counts: a blind one does harm
 INITIAL_BATCHES = 16  # batches of latents that the codebooks are fitted to
+MODELS = ("codec", "average", "discriminator")
+FIXED = (  # what a resumed run cannot change
+    *(f"model.{field.name}" for field in fields(CodecConfig)),
+    *(f"loss.{field.name}" for field in fields(CodecLossConfig)),
+    *("data.segment_seconds", "data.gain_db", "train.batch_size", "train.seed"),
+)
 
 
-def learning_rate(step: int, peak: float, steps: int, optim: CodecOptimConfig) -> float:
-    """Linear warm-up, constant, then a cosine from `decay_from` * steps down to 0 at `steps`."""
+def rate_share(step: int, steps: int, optim: CodecOptimConfig) -> float:
+    """Linear warm-up to 1, then 1, from `decay_from` * steps on a cosine down to 0 at `steps`."""
     warmup = min(1.0, (step + 1) / max(1, optim.warmup_steps))
     start = optim.decay_from * steps
     progress = min(1.0, max(0.0, step - start) / max(1.0, steps - start))
-    return peak * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def step_draws(config: CodecTrainConfig, step: int, rank: int) -> tuple[Tensor, Tensor, bool]:
@@ -67,118 +86,130 @@ def step_draws(config: CodecTrainConfig, step: int, rank: int) -> tuple[Tensor, 
 
 
 class Trainer:
-    """Models, optimisers and data of one run; `fit` runs it to its end or its time limit."""
+    """Models, optimisers and data of one run."""
 
     def __init__(self, config: CodecTrainConfig, resume: bool):
         self.config, self.out = config, Path(config.out)
-        self.started = time.monotonic()
+        if resume:
+            check_same_run(config)
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out}: not empty; continue it with --resume, or set out=...")
         precision = config.train.mixed_precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() else "no"
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=None if config.wandb.mode == "off" else "wandb",
+        )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         torch.backends.cudnn.benchmark = True
-        set_seed(config.train.seed)  # the initial weights; every later draw is counter-based
-        self._build_models()
         self._load_data()
-        self.balancer = Balancer(
-            {name: getattr(config.loss, name) for name in ("time", "mel", "adversarial", "feature")}
-        )
-        self.step, self.stopping = 0, ""
+        self._build_models()
+        self.step, self.signal, self.stopping = 0, 0, False
         if resume:
-            self.step = load_checkpoint(self.out, self)
-            self.say(f"resumed at step {self.step}")
-            if self.accelerator.is_main_process:
-                trim_log(self.out / "log.jsonl", self.step)
-
-    def _build_models(self) -> None:
-        config, optim = self.config, self.config.optim
-        self.codec = Codec(config.model, weight_norm=True)
-        initialise_weights(self.codec)
-        self.average = Codec(config.model, weight_norm=True).to(self.device).eval()
-        self.average.load_state_dict(self.codec.state_dict())
-        self.average.requires_grad_(False)
-        loss = config.loss
-        self.discriminator = build_discriminator(
-            loss.discriminator_windows, loss.discriminator_filters
-        )
-        training = CodecTraining(self.codec, loss.codebook_decay, loss.dead_code_share)
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            training.parameters(), optim.lr, optim.betas, weight_decay=0.0, fused=fused
-        )
-        self.discriminator_optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(), optim.lr, optim.betas, weight_decay=0.0, fused=fused
-        )
-        prepared = self.accelerator.prepare(
-            training, self.discriminator, self.optimizer, self.discriminator_optimizer
-        )
-        self.model, self.parallel_discriminator = prepared[:2]
-        self.optimizer, self.discriminator_optimizer = prepared[2:]
-        self.discriminator = self.accelerator.unwrap_model(self.parallel_discriminator)
-        self.codec_tensors = list(self.codec.state_dict().values())
-        self.average_tensors = list(self.average.state_dict().values())
-        self.mel = MelDistance(config.model.sample_rate).to(self.device)
+            self.load()
+        if self.accelerator.is_main_process:
+            save_config(config, self.out / "config.yaml")
+        self.log = RunLog(config, self.accelerator, self.step)
 
     def _load_data(self) -> None:
-        data, rate = self.config.data, self.config.model.sample_rate
-        train, valid = find_split(data.audio, "train"), find_split(data.audio, "valid")
-        valid = spread(valid, self.config.train.num_valid_clips)
-        recordings = decode_recordings(train, rate, data.max_hours, data.num_workers)
-        self.valid = decode_recordings(valid, rate, 1.0, data.num_workers)
-        hop = self.config.model.hop_length
-        frames = max(math.ceil(data.segment_seconds * rate / hop), math.ceil(2048 / hop))
-        self.segments = RandomSegments(
-            recordings.to(self.device), frames * hop, data.gain_db, self.config.train.seed
-        )
-        self.say(
-            f"train: {recordings.hours:.2f} h in {len(recordings.names)} recordings "
-            f"({len(recordings.skipped)} skipped); valid: {len(self.valid.names)} clips; "
-            f"segments of {frames * hop} samples on {self.device}, "
-            f"{self.accelerator.num_processes} process(es), {self.accelerator.mixed_precision}; "
-            f"{time.monotonic() - self.started:.0f} s"
+        data, train, model = self.config.data, self.config.train, self.config.model
+        found, valid = find_split(data.audio, "train"), find_split(data.audio, "valid")
+        recordings = decode_recordings(found, model.sample_rate)
+        self.valid = decode_recordings(spread(valid, train.num_valid_clips), model.sample_rate)
+        length = max(data.segment_seconds * model.sample_rate, MEL_SCALES[-1][0])
+        length = math.ceil(length / model.hop_length) * model.hop_length
+        self.segments = RandomSegments(recordings, length, data.gain_db, train.seed, self.device)
+        self.accelerator.print(
+            f"train: {len(recordings.samples) / model.sample_rate / 3600:.2f} h in "
+            f"{len(recordings.names)} recordings ({len(recordings.skipped)} skipped), "
+            f"valid: {len(self.valid.names)} clips; {self.accelerator.num_processes} x "
+            f"{self.device}, {self.accelerator.mixed_precision}"
         )
 
-    def say(self, line: str) -> None:
+    def _build_models(self) -> None:
+        model, loss, optim = self.config.model, self.config.loss, self.config.optim
+        set_seed(self.config.train.seed)  # the initial weights; every later draw is counter-based
+        self.codec = Codec(model, weight_norm=True)
+        initialise_weights(self.codec)
+        self.average = Codec(model, weight_norm=True).to(self.device).eval().requires_grad_(False)
+        self.average.load_state_dict(self.codec.state_dict())
+        self.training = CodecTraining(self.codec, loss.codebook_decay, loss.dead_code_share)
+        windows, filters = loss.discriminator_windows, loss.discriminator_filters
+        self.discriminator = build_discriminator(windows, filters)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.model = self._prepare("codec", self.training, optim.lr)
+        self.judge = self._prepare("discriminator", self.discriminator, optim.discriminator_lr)
+        names = ("time", "mel", "adversarial", "feature")
+        self.balancer = Balancer({name: getattr(loss, name) for name in names})
+        self.mel = MelDistance(model.sample_rate).to(self.device)
+
+    def _prepare(self, name: str, module: nn.Module, lr: float) -> nn.Module:
+        """The module as it is to be called; adds its optimiser."""
+        parameters, betas = module.to(self.device).parameters(), self.config.optim.betas
+        optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=0.0, fused=True)
+        module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
+        return module
+
+    def _update(self, name: str) -> None:
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad()
+
+    def save(self) -> None:
+        """Write a checkpoint and, with the averaged weights, the codec. Every process calls it."""
         if self.accelerator.is_main_process:
-            tqdm.write(line)
-            sys.stdout.flush()
+            tensors = {name: getattr(self, name).state_dict() for name in MODELS}
+            for name, optimizer in self.optimizers.items():
+                tensors[f"{name}_optimizer"] = optimizer_tensors(optimizer, getattr(self, name))
+            save_checkpoint(self.out, self.step, tensors | {"balancer": self.balancer.state}, {})
+            rotate_checkpoints(self.out, 1, None)
+            self.average.save(self.out / "codec")
+            self.log.say(f"step {self.step}: saved a checkpoint and {self.out / 'codec'}")
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """Continue from the run's checkpoint. ValueError: none, or damaged."""
+        folder = find_checkpoint(self.out)
+        for name in MODELS:
+            getattr(self, name).load_state_dict(read_tensors(folder, name))
+        for name, optimizer in self.optimizers.items():
+            tensors = read_tensors(folder, f"{name}_optimizer")
+            load_optimizer_tensors(optimizer, getattr(self, name), tensors)
+        balancer = read_tensors(folder, "balancer")
+        self.balancer.state = {name: value.to(self.device) for name, value in balancer.items()}
+        self.step = read_state(folder)["step"]
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step of the codec and, mostly, of the discriminator; losses on device."""
-        config, step = self.config, self.step
-        for optimizer, peak in (
-            (self.optimizer, config.optim.lr),
-            (self.discriminator_optimizer, config.optim.discriminator_lr),
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, peak, config.train.steps, config.optim)
+        config, loss, step = self.config, self.config.loss, self.step
+        share = rate_share(step, config.train.steps, config.optim)
+        for optimizer in self.optimizers.values():
+            optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
         wav = self.segments.batch(step, self.rank, config.train.batch_size)
         num_codebooks, restarts, coin = step_draws(config, step, self.rank)
         num_codebooks, restarts = num_codebooks.to(self.device), restarts.to(self.device)
-        self.model.train()
-        quantize = step >= config.loss.quantize_from_step
-        if step == config.loss.quantize_from_step:
+        if step == loss.quantize_from_step:
             self._fit_codebooks(restarts)
+        self.model.train()
+        quantize = step >= loss.quantize_from_step
         decoded, commitment, error = self.model(wav, num_codebooks, restarts, quantize)
         losses = {"time": F.l1_loss(decoded, wav), "mel": self.mel(decoded, wav)}
-        logged = dict(losses)
-        if coin and step >= config.loss.adversarial_from_step - DISCRIMINATOR_LEAD:
-            logged["discriminator"] = self._discriminator_step(wav, decoded.detach())
-        if step >= config.loss.adversarial_from_step:
+        logged = {"commitment": commitment, "quantizer_error": error}
+        if coin and step >= loss.adversarial_from_step - DISCRIMINATOR_LEAD:
+            logged["discriminator"] = discriminator_loss(self.judge, wav, decoded.detach())
+            self.accelerator.backward(logged["discriminator"])
+            self._update("discriminator")
+        if step >= loss.adversarial_from_step:
             losses |= generator_losses(self.discriminator, wav, decoded)
-            logged |= losses
         gradient = self.balancer.gradient(losses, decoded, self.accelerator)
         torch.autograd.backward(
-            [decoded, config.loss.commitment * commitment], [gradient, torch.ones_like(commitment)]
+            [decoded, loss.commitment * commitment], [gradient, torch.ones_like(commitment)]
         )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update("codec")
         self._update_average()
         self.step += 1
-        logged |= {"commitment": commitment, "quantizer_error": error}
-        return {name: value.detach() for name, value in logged.items()}
+        return {name: value.detach() for name, value in (losses | logged).items()}
 
     @torch.no_grad()
     def _fit_codebooks(self, restarts: Tensor) -> None:
@@ -187,138 +218,104 @@ class Trainer:
         for number in range(first, first + INITIAL_BATCHES):
             wav = self.segments.batch(number, self.rank, self.config.train.batch_size)
             latents.append(self.codec.encode_latent(wav).transpose(1, 2).flatten(0, 1))  # [B*T, D]
-        self.accelerator.unwrap_model(self.model).initialise(torch.cat(latents), restarts)
+        self.training.initialise(torch.cat(latents), restarts)
         self.average.quantizer.load_state_dict(self.codec.quantizer.state_dict())
-        self.say(f"step {self.step}: codebooks fitted to {sum(map(len, latents))} latents")
-
-    def _discriminator_step(self, real: Tensor, fake: Tensor) -> Tensor:
-        loss = discriminator_loss(self.parallel_discriminator, real, fake)
-        self.accelerator.backward(loss)
-        self.discriminator_optimizer.step()
-        self.discriminator_optimizer.zero_grad()
-        return loss
+        self.log.say(f"step {self.step}: codebooks fitted to {sum(map(len, latents))} latents")
 
     @torch.no_grad()
     def _update_average(self) -> None:
         """EMA of the weights and codebooks; its decay grows from 0.1, so that early steps fade."""
         decay = min(self.config.optim.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.average_tensors, self.codec_tensors, 1 - decay)
+        averages, values = (list(c.state_dict().values()) for c in (self.average, self.codec))
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     def fit(self) -> None:
-        """Train to `steps`, the time limit or a signal; then validate, save and export."""
+        """Train to the last step or a signal; validate and save every so often and at the end."""
+
+        def stop(number: int, _: object) -> None:
+            self.signal = number
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(self, "stopping", "signal"))
-        run, minute = self.config.train, 60.0
-        bar = tqdm(total=run.steps, initial=self.step, unit="step", disable=None)
-        self.logged_at, self.logged_step = time.monotonic(), self.step
-        last_valid = last_save = time.monotonic()
-        while self.step < run.steps and not self._should_stop():
-            logged = self.train_step()
-            bar.update()
-            if self.step % run.log_every == 0 or self.step == run.steps:
-                self._log_losses(logged)
-            now = time.monotonic()
-            if run.valid_minutes and now - last_valid > run.valid_minutes * minute:
+            signal.signal(number, stop)
+        train = self.config.train
+        self.log.write("start", **environment(self.device))
+        valid_at = time.monotonic()
+        while self.step < train.steps and not self.stopping:
+            losses = self.train_step()
+            self.log.advance()
+            if self.step % train.log_every == 0 or self.step == train.steps:
+                self._log_losses(losses)
+            minutes = (time.monotonic() - valid_at) / 60
+            if self._agree(0 < train.valid_minutes < minutes):
                 self.validate()
-                last_valid = time.monotonic()
-            if run.checkpoint_minutes and now - last_save > run.checkpoint_minutes * minute:
-                self._save()
-                last_save = time.monotonic()
-        bar.close()
-        self._save()
-        if self.stopping == "signal":
-            self.say("stopped by a signal; the same command with --resume continues")
-            sys.exit(130)
-        self.validate(write_samples=True)
-        self._export()
+                self.save()
+                valid_at = time.monotonic()
+        self.save()
+        if not self.stopping:
+            self.validate()
+        self.log.close()
+        if self.stopping:
+            self.log.say("stopped by a signal; the same command with --resume continues")
+            sys.exit(128 + (self.signal or signal.SIGTERM))
 
-    def _should_stop(self) -> bool:
-        """All processes agree: at a signal or past the time limit on any of them."""
-        limit = self.config.train.max_minutes * 60
-        if limit and time.monotonic() - self.started > limit:
-            self.stopping = self.stopping or "time"
-        if self.accelerator.num_processes > 1:
-            code = {"": 0, "time": 1, "signal": 2}[self.stopping]
-            codes = self.accelerator.gather(torch.tensor([code], device=self.device))
-            self.stopping = ("", "time", "signal")[int(codes.max())]
-        return bool(self.stopping)
+    def _agree(self, due: bool) -> bool:
+        """Whether validation is due, or (self.stopping) a signal came, on any process."""
+        flags = [int(due), self.signal]
+        if self.accelerator.num_processes > 1:  # all act at the same step
+            flags = self.accelerator.reduce(torch.tensor(flags, device=self.device)).tolist()
+        self.stopping = flags[1] > 0
+        return flags[0] > 0
 
-    def _log_losses(self, logged: dict[str, Tensor]) -> None:
-        values = {name: float(value) for name, value in logged.items()}
+    def _log_losses(self, losses: dict[str, Tensor]) -> None:
+        """ValueError if a loss is not finite."""
+        values = {name: float(value) for name, value in losses.items()}
         if not all(math.isfinite(value) for value in values.values()):
             raise ValueError(
                 f"step {self.step}: a loss is not finite ({values}); resume from the last "
                 "checkpoint with a lower optim.lr"
             )
-        now = time.monotonic()
-        speed = (self.step - self.logged_step) / (now - self.logged_at)
-        self.logged_at, self.logged_step = now, self.step
-        values["usage"] = float(self.accelerator.unwrap_model(self.model).usage().mean())
-        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        values["usage"] = float(self.training.usage().mean())
+        values["lr"] = self.optimizers["codec"].param_groups[0]["lr"]
         if self.device.type == "cuda":
-            values["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._record({"step": self.step, "steps_per_s": speed} | values)
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._record("train", values)
 
-    def _record(self, entry: dict[str, float | None]) -> None:
-        """One plain line for people, one JSON line for programs."""
-        if not self.accelerator.is_main_process:
-            return
-        self.say("  ".join(f"{k} {_short(v)}" for k, v in entry.items() if v is not None))
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def _record(self, kind: str, values: dict[str, float | None]) -> None:
+        self.log.write(kind, step=self.step, **values)
+        shown = (f"{name} {value:.4g}" for name, value in values.items() if value is not None)
+        self.log.say(f"{kind} {self.step}  " + "  ".join(shown))
 
-    def validate(self, write_samples: bool = False) -> None:
+    @torch.no_grad()
+    def validate(self) -> None:
         """Score the EMA codec with all codebooks on the validation clips, on the main process."""
         if self.accelerator.is_main_process:
-            started, scores = time.monotonic(), {"valid_mel": [], "valid_stoi": []}
-            rate = self.config.model.sample_rate
+            rate, mels, stois = self.config.model.sample_rate, [], []
             for i in range(len(self.valid.names)):
-                wav, decoded = reconstruct(self.average, self.valid, i, self.device)
-                scores["valid_mel"].append(mel_distance(self.mel, decoded, wav))
-                scores["valid_stoi"].append(stoi(decoded, wav, rate))
-                if write_samples and i < self.config.train.num_samples:
+                wav = self.valid.wav(i)[:, : VALID_SECONDS * rate].to(self.device)  # [1, L]
+                with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # L varies
+                    codes = self.average.encode(wav[None])
+                    decoded = self.average.decode(codes, length=wav.shape[-1])[0]
+                mels.append(mel_distance(self.mel, decoded, wav))
+                stois.append(stoi(decoded, wav, rate))
+                if i < self.config.train.num_samples:
                     save_audio(self.out / "samples" / f"{i}_original.wav", wav, rate)
                     save_audio(self.out / "samples" / f"{i}_decoded.wav", decoded, rate)
-            means = {name: mean(values) for name, values in scores.items()}
-            seconds = time.monotonic() - started
-            self._record({"step": self.step} | means | {"valid_seconds": seconds})
+            self._record("valid", {"mel": mean(mels), "stoi": mean(stois)})
         self.accelerator.wait_for_everyone()
 
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            size = save_checkpoint(self.out, self)
-            self.say(f"step {self.step}: checkpoint saved ({size / 2**20:.0f} MiB)")
-        self.accelerator.wait_for_everyone()
 
-    def _export(self) -> None:
-        if self.accelerator.is_main_process:
-            self.average.save(self.out / "codec")
-            size = sum(f.stat().st_size for f in (self.out / "codec").iterdir())
-            reason = " (time limit; continue with --resume)" if self.stopping else ""
-            self.say(f"step {self.step}{reason}: {self.out / 'codec'}, {size / 2**20:.2f} MiB")
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-@torch.no_grad()
-def reconstruct(
-    codec: Codec, recordings: Recordings, i: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Recording i (at most 4 s) and its reconstruction, both wav [1, L] on `device`."""
-    wav = recordings.wav(i, int(VALID_SECONDS * recordings.sample_rate)).to(device)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # no tuning per length
-        return wav, codec.decode(codec.encode(wav[None]), length=wav.shape[-1])[0]
-
-
-def prepare_folder(config: CodecTrainConfig, resume: bool) -> None:
-    """Refuse to overwrite a run, or to resume one that differs; save the resolved config."""
-    out = Path(config.out)
-    if resume:
-        check_same_run(out, config)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: not empty; pass --resume to continue it, or another out=FOLDER")
+def check_same_run(config: CodecTrainConfig) -> None:
+    """ValueError unless config.out holds a whole checkpoint of a run with this model and losses."""
+    find_checkpoint(config.out)
+    file = Path(config.out) / "config.yaml"
+    saved = load_config(CodecTrainConfig, file)
+    for key in FIXED:
+        now, before = attrgetter(key)(config), attrgetter(key)(saved)
+        if now != before:
+            raise ValueError(
+                f"--resume: {key} is {now}, but {file} has {before}; drop the change or start a "
+                "new run"
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -328,14 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 out=runs/x"
     )
-    parsed: argparse.Namespace = parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     config = load_config(CodecTrainConfig, parsed.config, parsed.overrides)
-    prepare_folder(config, parsed.resume)
-    trainer = Trainer(config, parsed.resume)
-    if trainer.accelerator.is_main_process:
-        save_config(config, Path(config.out) / "config.yaml")
-    trainer.fit()
-    trainer.accelerator.end_training()
+    Trainer(config, parsed.resume).fit()
 
 
 if __name__ == "__main__":

@@ -236,16 +236,15 @@ def test_a_folder_of_other_files_is_left_alone(audio, semantic, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (Options(min_seconds=3, max_seconds=2), "--max-seconds 2: expected"),
-        (Options(valid=0.6, test=0.4), "--valid 0.6 --test 0.4"),
-        (Options(valid=-0.1), "--valid -0.1"),
-        (Options(shard_clips=0), "--shard-clips 0"),
+        ({"min_seconds": 3, "max_seconds": 2}, "--max-seconds 2: expected"),
+        ({"valid": 0.6, "test": 0.4}, "--valid 0.6 --test 0.4"),
+        ({"valid": -0.1}, "--valid -0.1"),
+        ({"shard_clips": 0}, "--shard-clips 0"),
     ],
 )
-def test_senseless_options_are_named(tmp_path, semantic, options, says):
+def test_senseless_options_are_named(options, says):
     with pytest.raises(ValueError, match=says):
-        prepare([], FakeCodec(), semantic, tmp_path / "out", options)
-    assert not (tmp_path / "out").exists()
+        Options(**options)
 
 
 def recordings_of(speakers, split=None):
@@ -344,7 +343,7 @@ def test_accelerate_launch_writes_what_plain_python_writes(
     assert launched.stdout.count("prepared") == 1  # the main process alone speaks
     monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments), str(tmp_path / "one")])
     script.main()
-    assert "x real time" in capsys.readouterr().out
+    assert "prepared" in capsys.readouterr().out
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert TokenFolder(tmp_path / "two").codec["num_codebooks"] == 2
 

@@ -1,8 +1,11 @@
 """Training: it learns, it repeats itself to the bit, it resumes as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,15 @@ import torch
 from tokens import CODEC, write_tokens
 
 import train as train_module
-from configs.load import load_config
+from configs.load import load_config, save_config
 from configs.schema import OptimConfig, RunConfig
 from model.checkpoint import damage, find_checkpoint, list_checkpoints, read_tensors
 from model.optim import EMA, evaluating, learning_rate, make_optimizer
 from model.stages import STAGES
 from train import Training, train
 
-GOLDEN = Path(__file__).parent / "golden_losses.json"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden_losses.json"
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +81,7 @@ def assert_same_run(a, b):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_learns_and_logs(stage, tokens, tmp_path):
     train(config(tokens, tmp_path / "run", "train.steps=60", "train.valid_every=20", stage=stage))
-    first, last = log_lines(tmp_path / "run", "start", "valid")[:: 3]
+    first, last = log_lines(tmp_path / "run", "start", "valid")[::3]
     assert last["bits_per_second"] < 0.75 * first["unigram"]["bits_per_second"]
     assert first["unigram"]["bits_per_second"] <= first["uniform"]["bits_per_second"] + 1
     assert len(last["per_codebook"]) == len(first["codebooks"])
@@ -154,6 +158,31 @@ def test_micro_batches_equal_one_big_batch(tokens, tmp_path):
         torch.testing.assert_close(one[name], four[name], atol=2e-5, rtol=1e-3)
 
 
+def test_two_processes_equal_one(tokens, tmp_path):
+    """The same global batch, cut in two by a launcher: the same losses, one writer, no hang."""
+    train(config(tokens, tmp_path / "one"))
+    save_config(config(tokens, tmp_path / "two"), tmp_path / "two.yaml")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+    ]
+    done = subprocess.run(
+        [*launch, "train.py", "--config", str(tmp_path / "two.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert [x["step"] for x in log_lines(tmp_path / "two", "valid")] == [6, 12]
+
+
 def test_validation_is_whole_and_leaves_the_mode_alone(tokens, tmp_path):
     cfg = config(tokens, tmp_path / "run", "train.batch_size=4", "model.dropout=0.3")
     run = Training(cfg, train_module.Accelerator(), resume=False)
@@ -172,9 +201,9 @@ def test_validation_is_whole_and_leaves_the_mode_alone(tokens, tmp_path):
 
 def test_evaluating_restores_modes_after_an_error():
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training
-        raise RuntimeError
+    with contextlib.suppress(ValueError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise ValueError
     assert [m.training for m in model.modules()] == [True, True, False]
 
 
@@ -236,7 +265,9 @@ def test_learning_rates():
 
 
 def test_decay_spares_norms_and_embeddings():
-    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.RMSNorm(4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(3, 4), torch.nn.RMSNorm(4), torch.nn.Linear(4, 2)
+    )
     decayed, others = make_optimizer(model, OptimConfig()).param_groups
     assert [tuple(p.shape) for p in decayed["params"]] == [(2, 4)]
     assert decayed["weight_decay"] == 0.1

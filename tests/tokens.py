@@ -25,12 +25,16 @@ SEMANTIC = {
 }
 
 
-def clip(name: str, split: str, num_frames: int, seed: int) -> EncodedClip:
+def clip(
+    name: str, split: str, num_frames: int, seed: int, num_codebooks: int = NUM_CODEBOOKS
+) -> EncodedClip:
     """Semantic tokens that count upwards from a random start; codes that follow from them."""
     rng = np.random.default_rng(seed)
     semantic = (rng.integers(NUM_SEMANTIC) + np.arange(num_frames) // 2) % NUM_SEMANTIC
-    codes = (semantic[None] + 3 * np.arange(NUM_CODEBOOKS)[:, None]) % CODEBOOK_SIZE
-    codes = np.where(rng.random(codes.shape) < 0.1, rng.integers(0, CODEBOOK_SIZE, codes.shape), codes)
+    codes = (semantic[None] + 3 * np.arange(num_codebooks)[:, None]) % CODEBOOK_SIZE
+    codes = np.where(
+        rng.random(codes.shape) < 0.1, rng.integers(0, CODEBOOK_SIZE, codes.shape), codes
+    )
     return EncodedClip(name, split, "anna", None, num_frames / 50, semantic, codes)
 
 
@@ -40,7 +44,13 @@ def write_tokens(
     """`num_train` training clips and 6 validation clips of 8 to 40 frames."""
     lengths = np.random.default_rng(0).integers(8, 40, num_train + 6)
     clips = [
-        clip(f"{n:03d}.wav", "train" if n < num_train else "valid", int(length), seed=n)
+        clip(
+            f"{n:03d}.wav",
+            "train" if n < num_train else "valid",
+            int(length),
+            n,
+            codec["num_codebooks"],
+        )
         for n, length in enumerate(lengths)
     ]
     write_shard(folder, 0, clips, [])

@@ -1,0 +1,129 @@
+"""Every recipe in configs/ runs a step; a typo is an error with a suggestion; --help is true."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from tokens import CODEC, SEMANTIC, write_tokens
+
+from configs.codec_schema import CodecTrainConfig
+from configs.load import load_config, save_config
+from configs.schema import RunConfig
+from scripts import evaluate, fit_kmeans, prepare, sample, train_codec
+from scripts.train_codec import main as train_codec_main
+from train import EXAMPLES, train
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+STAGE_RECIPES = [path for path in RECIPES if not path.name.startswith("codec")]
+CODEC_RECIPES = [path for path in RECIPES if path.name.startswith("codec")]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Tokens of the shipped tokenizers' sizes."""
+    folder = tmp_path_factory.mktemp("tokens")
+    codec = {**CODEC, "num_codebooks": 8, "codebook_size": 1024}
+    return write_tokens(folder, 8, codec, {**SEMANTIC, "num_tokens": 500})
+
+
+@pytest.mark.parametrize("recipe", STAGE_RECIPES, ids=lambda path: path.stem)
+def test_every_stage_recipe_runs_a_step(recipe, tokens, tmp_path):
+    overrides = [
+        f"out={tmp_path / 'run'}",
+        f"data.tokens={tokens}",
+        "data.num_workers=0",
+        "train.steps=1",
+        "train.batch_size=1",
+    ]
+    run = train(load_config(RunConfig, recipe, overrides))
+    assert run.step == 1
+    assert (tmp_path / "run/checkpoints/step-00000001/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", CODEC_RECIPES, ids=lambda path: path.stem)
+def test_every_codec_recipe_runs_a_step(recipe, tmp_path):
+    wav = torch.rand(16_000).numpy() * 0.1
+    for n in range(2):
+        soundfile.write(tmp_path / f"{n}.wav", wav, 16_000)
+    lines = [f'{{"path": "{n}.wav", "split": "{s}"}}\n' for n, s in enumerate(("train", "valid"))]
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    small = ["train.steps=1", "train.batch_size=1"]
+    audio = [f"data.audio={tmp_path / 'm.jsonl'}", f"out={tmp_path / 'run'}"]
+    train_codec_main(["--config", str(recipe), *small, *audio])
+    assert (tmp_path / "run/codec/codec.safetensors").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_opens_with_what_it_costs_and_gives(recipe):
+    head = recipe.read_text().split("\n\n")[0].splitlines()
+    comments = "\n".join(line for line in head if line.startswith("#"))
+    assert f"configs/{recipe.name}" in comments
+    assert re.search(r"^# Time: .*(\d|not measured)", comments, re.M), "the header says how long it takes"
+    assert re.search(r"^# Expected .*(\d|not measured)", comments, re.M), "the header says what to expect"
+
+
+def test_overrides_win_and_the_resolved_config_comes_back(tmp_path):
+    recipe = ROOT / "configs/coarse_small.yaml"
+    config = load_config(RunConfig, recipe, ["optim.lr=1e-5", "model={dim: 64, num_layers: 1}"])
+    assert (config.optim.lr, config.model.dim, config.stage) == (1e-5, 64, "coarse")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(RunConfig, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", r"command line: optim.lrr=1: .*lr.*key: optim.lrr"),
+        ("modle.dim=3", r"model"),
+        ("model.dim=wide", r"model.dim"),
+        ("attention.backend=fast", r"einsum"),
+        ("stage", r"section.key=value"),
+    ],
+)
+def test_a_typo_is_an_error_that_helps(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(RunConfig, None, [override])
+
+
+def test_a_missing_or_broken_file_is_an_error_that_helps(tmp_path):
+    with pytest.raises(ValueError, match=r"coarse_smal\.yaml: no such config file; .*coarse_small"):
+        load_config(RunConfig, ROOT / "configs/coarse_smal.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"bad.yaml: not valid YAML"):
+        load_config(CodecTrainConfig, tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match=r"stage"):
+        load_config(RunConfig, None, ["out=x"]).stage.upper()
+
+
+def test_exit_code_2_and_one_line():
+    command = [sys.executable, "train.py", "--config", "configs/demo_fine.yaml", "optim.lrr=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: command line: optim.lrr=1")
+
+
+@pytest.mark.parametrize("module", [prepare, fit_kmeans, train_codec, evaluate, sample])
+def test_examples_in_help_name_real_files_and_flags(module):
+    """Every flag an example uses is in --help; every config it names exists."""
+    source = Path(module.__file__).read_text()
+    for command in re.split(r"\n(?=  \S)", module.EXAMPLES):
+        words = shlex.split(command.replace("\\\n", " "))
+        for word in words:
+            if word.startswith("--") and word not in ("--num_processes", "--cpu"):
+                assert f'"{word}"' in source or f"--{word[2:]}" in source, word
+            if word.startswith("configs/"):
+                assert (ROOT / word).is_file(), word
+
+
+def test_examples_of_train_load():
+    for command in EXAMPLES.splitlines():
+        words = shlex.split(command)
+        recipe = words[words.index("--config") + 1]
+        load_config(RunConfig, ROOT / recipe, [word for word in words if "=" in word])
