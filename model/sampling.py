@@ -79,18 +79,20 @@ def generate(
     seeds: list[int],
     sampling: Sampling,
     starts: list[bool] | None = None,
+    min_frames: list[int] | None = None,
     use_cache: bool = True,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Continue each prompt [K,P] (P may be 0) until its own EOS or its `max_frames`.
 
     conditions: [K_c,T_c] each, or None for a stage without one; starts[n]: row n begins where its
-    recording begins. Returns codes [K,T_n], prompt included, P <= T_n <= max_frames (at least one
-    frame). `use_cache=False` feeds the whole sequence through the model at every step: slow, plain,
-    the specification of the other. `on_frame(n)` is told, frame by frame, that n clips go on.
+    recording begins; EOS is not drawn before `min_frames` (1). Returns codes [K,T_n], prompt
+    included, min_frames <= T_n <= max_frames. `use_cache=False` feeds the whole sequence through
+    the model at every step: slow, plain, the specification of the other. `on_frame(n)` is told,
+    frame by frame, that n clips go on.
     """
     layout = stage.layout
-    rows = _rows(stage, prompts, max_frames, seeds)
+    rows = _rows(stage, prompts, max_frames, min_frames or [1] * len(prompts), seeds)
     num_steps = rows.known.shape[1]
     ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * len(prompts), num_steps)
     cache = None
@@ -117,16 +119,24 @@ def generate(
 
 @dataclass
 class _Rows:
-    """The clips being generated: frames in each prompt [B], frames each will have [B] (shrinks at
-    EOS), what prompts fix of the steps to come [B,steps,S], uniform numbers [B,steps,S]."""
+    """The clips being generated: frames in each prompt [B], the fewest and the number each will
+    have [B] (which shrinks at EOS), what prompts fix of the steps to come [B,steps,S], uniform
+    numbers [B,steps,S]."""
 
     prompt_frames: Tensor
+    min_frames: Tensor
     num_frames: Tensor
     known: Tensor
     uniform: Tensor
 
 
-def _rows(stage: Stage, prompts: list[Tensor], max_frames: list[int], seeds: list[int]) -> _Rows:
+def _rows(
+    stage: Stage,
+    prompts: list[Tensor],
+    max_frames: list[int],
+    min_frames: list[int],
+    seeds: list[int],
+) -> _Rows:
     device = stage.embed.weight.device
     totals = [max(n, prompt.shape[1]) for n, prompt in zip(max_frames, prompts, strict=True)]
     steps = [
@@ -135,6 +145,7 @@ def _rows(stage: Stage, prompts: list[Tensor], max_frames: list[int], seeds: lis
     ]
     return _Rows(
         torch.tensor([prompt.shape[1] for prompt in prompts], device=device),
+        torch.tensor(min_frames, device=device),
         torch.tensor(totals, device=device),
         torch.stack([_known(stage, prompt, max(steps)) for prompt in prompts]).to(device),
         _uniform(seeds, steps, stage.layout.num_slots).to(device),
@@ -155,8 +166,8 @@ def _draw_step(stage: Stage, hidden: Tensor, j: int, rows: _Rows, sampling: Samp
         head = j % layout.num_codebooks if layout.pattern == "flatten" else slot
         frame = rows.prompt_frames + _frame(stage, j, slot)  # [B]
         logits, known = stage.heads[head](hidden), rows.known[:, j, slot]
-        if head == 0:  # a clip has at least one frame
-            logits[:, layout.eos].masked_fill_(frame == 0, float("-inf"))
+        if head == 0:
+            logits[:, layout.eos].masked_fill_(frame < rows.min_frames, float("-inf"))
         code = draw(logits, rows.uniform[:, j, slot], sampling)
         code = torch.where(known == IGNORE, code, known)
         if head == 0:
@@ -175,6 +186,7 @@ def generate_windows(
     sampling: Sampling,
     window: int,
     overlap: int,
+    min_frames: list[int] | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """`generate` beyond the trained context: windows of `window` frames, of which the first
@@ -183,6 +195,7 @@ def generate_windows(
     `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
     """
     assert 0 <= overlap < window
+    least = min_frames or [1] * len(prompts)
     codes, active = list(prompts), [n for n, p in enumerate(prompts) if p.shape[1] < max_frames[n]]
     while active:
         begins = [_window_begin(codes[n].shape[1], window, overlap) for n in active]
@@ -195,6 +208,7 @@ def generate_windows(
             [_mix(seeds[n], a) for n, a in zip(active, begins, strict=True)],
             sampling,
             [a == 0 for a in begins],
+            [max(1, least[n] - a) for n, a in zip(active, begins, strict=True)],
             on_frame=on_frame,
         )
         still = []

@@ -37,6 +37,7 @@ EXAMPLES = """\
 
 # AudioLM's temperatures (Borsos et al. 2023, section IV); the acoustic stage takes coarse's
 DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic": 0.8}
+SLACK = 2  # frames: where tokens are aligned in time, a clip ends where its semantic tokens do
 OVERLAP = 0.25  # of a window, repeated from the one before, where a clip outgrows the context
 
 
@@ -170,8 +171,10 @@ def run_stage(
     max_frames: list[int],
     seeds: list[int],
     sampling: Sampling,
+    slack: int | None = None,
 ) -> list[Tensor]:
-    """One stage for all clips, in windows of the length it was trained on."""
+    """One stage for all clips, in windows of the length it was trained on. EOS ends a clip; with
+    `slack` only within that many frames of `max_frames`."""
     semantic = name == "semantic"
     rate = models.codec.frame_rate * (models.semantic_rate if semantic else 1)
     window = max(2, round(models.context_seconds(name) * rate))
@@ -188,6 +191,7 @@ def run_stage(
             sampling,
             window,
             int(OVERLAP * window),
+            None if slack is None else [max(1, n - slack) for n in max_frames],
             progress,
         )
     finally:
@@ -243,7 +247,10 @@ def generate_codes(
     def stage(name: str, condition_of: Callable, limits: list[int]) -> list[Tensor]:
         first, last = models.stages[name].spec.codebooks
         prompts = [codes[first:last]] * N
-        return run_stage(models, name, condition_of, prompts, limits, seeds, samplings[name])
+        slack = None if collapsed else SLACK
+        if name == "fine":  # as long as the coarse codes it completes
+            slack = 0
+        return run_stage(models, name, condition_of, prompts, limits, seeds, samplings[name], slack)
 
     if "acoustic" in models.stages:
         return stage("acoustic", semantic_of, limits)

@@ -64,8 +64,12 @@ def test_every_recipe_opens_with_what_it_costs_and_gives(recipe):
     head = recipe.read_text().split("\n\n")[0].splitlines()
     comments = "\n".join(line for line in head if line.startswith("#"))
     assert f"configs/{recipe.name}" in comments
-    assert re.search(r"^# Time: .*(\d|not measured)", comments, re.M), "the header says how long it takes"
-    assert re.search(r"^# Expected .*(\d|not measured)", comments, re.M), "the header says what to expect"
+    assert re.search(r"^# Time: .*(\d|not measured)", comments, re.M), (
+        "the header says how long it takes"
+    )
+    assert re.search(r"^# Expected .*(\d|not measured)", comments, re.M), (
+        "the header says what to expect"
+    )
 
 
 def test_overrides_win_and_the_resolved_config_comes_back(tmp_path):

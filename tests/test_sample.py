@@ -113,7 +113,7 @@ def test_resynthesis_follows_the_recording(world, tmp_path):
     files = run(
         world, tmp_path / "r.wav", "--resynthesize", tmp_path / "x.wav", stages=("coarse", "fine")
     )
-    assert 0 < len(read(files[0])) <= 0.8 * RATE
+    assert 0.75 * RATE <= len(read(files[0])) <= 0.8 * RATE  # ends where its tokens end
     assert json.loads((tmp_path / "r.json").read_text())["mode"] == "resynthesis"
 
 

@@ -78,6 +78,10 @@ def test_eos_ends_a_clip_in_every_stage(name):
     )
     lengths = [clip.shape[1] for clip in clips]
     assert sum(length < 30 for length in lengths) > 32
+    least = [5, 20] * 32
+    arguments = (conditions[:1] * 64, prompts[:1] * 64, [30] * 64, list(range(64)), Sampling())
+    clips_later = generate(stage, *arguments, min_frames=least)
+    assert all(clip.shape[1] >= n for clip, n in zip(clips_later, least, strict=True))
     assert len(set(lengths)) > 10
     assert min(lengths) >= 1
 
