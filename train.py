@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -24,17 +25,18 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from configs.files import atomic_write
-from configs.load import load_config, save_config
+from configs.load import check_same_config, load_config, save_config
 from configs.schema import RunConfig
 from data.audio import save_audio
-from data.baselines import baselines
+from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, make_loader, mix
-from data.shards import TokenFolder
+from data.shards import Clip, TokenFolder
 from model.attend import resolve
 from model.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_training,
+    read_state,
     rotate_checkpoints,
     save_checkpoint,
     training_tensors,
@@ -45,7 +47,7 @@ from model.optim import EMA, evaluating, learning_rate, make_optimizer
 from model.preview import preview
 from model.stages import Stage, StageSpec, stage_spec
 from scripts.cli import make_parser, run_cli
-from scripts.run_log import Meter, RunLog, environment, peak_flops
+from scripts.run_log import Meter, RunLog, describe_start, peak_flops, start_line
 
 EXAMPLES = """\
   python train.py --config configs/semantic_small.yaml data.tokens=tokens/mine out=runs/a
@@ -54,10 +56,9 @@ EXAMPLES = """\
   python train.py --config configs/demo_semantic.yaml train.steps=20 out=runs/try"""
 
 
-def encode(spec: StageSpec, collapse: bool, batch: Batch) -> tuple[Sequences, int]:
-    """A Batch -> its Sequences and its codec frames; run by the loader, off the training loop."""
-    sequences = spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
-    return sequences, int((batch.codes[:, 0] >= 0).sum())
+def encode(spec: StageSpec, collapse: bool, batch: Batch) -> Sequences:
+    """A Batch -> its Sequences; run by the loader, off the training loop."""
+    return spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
 
 
 class Training:
@@ -70,7 +71,6 @@ class Training:
             raise ValueError(f"{self.out} is not empty: continue it with --resume, or set out=...")
         self.folder = TokenFolder(config.data.tokens)
         codec, semantic = self.folder.codec, self.folder.semantic
-        self.frame_rate = float(codec["frame_rate"])
         self.spec_state = {
             "name": config.stage,
             "num_semantic": semantic["num_tokens"],
@@ -79,6 +79,7 @@ class Training:
             "num_coarse": config.num_coarse,
         }
         self.spec = stage_spec(**self.spec_state)
+        self.rates = token_rates(self.folder, self.spec.codebook_names)
         dtype = torch.bfloat16 if process.mixed_precision == "bf16" else torch.float32
         head_dim, backend = config.model.head_dim, config.attention.backend
         uses_dropout = config.model.dropout > 0
@@ -89,7 +90,8 @@ class Training:
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"
         self.codec = load_codec(codec["name"], process.device) if decodes else None
-        self.step, self.best_step, self.best_loss, self.stopping = 0, None, math.inf, None
+        self.step, self.best_step, self.best_loss = 0, None, math.inf
+        self.signalled, self.stopping = None, None  # by a signal here; all processes together
         self.meter = Meter(self.spec.layout.num_codebooks, process.device)
         if resume and checkpoints:
             self.load(find_checkpoint(self.out))
@@ -99,7 +101,7 @@ class Training:
 
     def load(self, found: Path) -> None:
         """Continue from a checkpoint. ValueError if it is not one of this configuration's."""
-        state = load_training(found, self.stage, self.optimizer, self.ema)
+        state = read_state(found)
         for kind in ("codec", "semantic"):
             ours, theirs = self.folder.header[kind], state["tokenizers"][kind]
             if ours["fingerprint"] != theirs["fingerprint"]:
@@ -108,6 +110,13 @@ class Training:
                     f"({theirs['fingerprint']}), but {self.config.data.tokens} holds those of "
                     f"{ours['name']} ({ours['fingerprint']}); set data.tokens or out"
                 )
+        if state["totals"] != self.folder.header["totals"]:
+            raise ValueError(
+                f"{found} was trained on other recordings than {self.config.data.tokens} holds; "
+                "set data.tokens to what it was, or out to a new run"
+            )
+        check_same_config(self.out / "config.yaml", self.config, CHANGEABLE)
+        load_training(found, self.stage, self.optimizer, self.ema)
         self.step, self.best_step = state["step"], state["best_step"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
         if self.process.is_main_process:  # the saved sums are those of all processes
@@ -132,28 +141,29 @@ class Training:
         valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
         return make_loader(batches, data.num_workers, transform), make_loader(valid, 0, transform)
 
-    def update(self, micro_batches: list[tuple[Sequences, int]]) -> torch.Tensor:
+    def update(self, micro_batches: list[Sequences]) -> torch.Tensor:
         """One optimiser step on this process's micro-batches; returns the gradient's norm.
 
         The loss is the global batch's nats over its targets: any number of micro-batches and
         processes gives the gradient of one big batch, whatever the lengths in each.
         """
         process, train = self.process, self.config.train
-        total = sum(batch.num_targets for batch, _ in micro_batches)
+        total = sum(batch.num_targets for batch in micro_batches)
+        self.stopping = self.signalled
         if process.num_processes > 1:  # all stop at the same step, whoever got the signal
-            sums = torch.tensor([total, self.stopping or 0], device=process.device)
+            sums = torch.tensor([total, int(self.signalled or 0)], device=process.device)
             total, stopping = process.reduce(sums, "sum").tolist()
-            self.stopping = self.stopping or (signal.SIGTERM if stopping else None)
+            self.stopping = signal.SIGTERM if stopping else None
         torch.manual_seed(mix(train.seed, self.step, process.process_index) >> 1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, train.steps, self.config.optim)
-        for n, (batch, num_frames) in enumerate(micro_batches):
+        for n, batch in enumerate(micro_batches):
             last = n == len(micro_batches) - 1
             with contextlib.nullcontext() if last else process.no_sync(self.model):
-                nats, _ = self.model(batch.to(process.device))
+                nats = self.model(batch.to(process.device))
                 # DistributedDataParallel takes the mean over processes: undo it
                 process.backward(nats.sum() * (process.num_processes / total))
-            self.meter.add(nats, batch, num_frames)
+            self.meter.add(nats, batch)
         norm = process.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         self.updater.step()
         self.updater.zero_grad()
@@ -170,10 +180,10 @@ class Training:
         """The whole validation split, averaged weights; the model's mode is left as it was."""
         meter = Meter(self.spec.layout.num_codebooks, self.process.device)
         with evaluating(self.stage), self.averaged():
-            for batch, num_frames in loader:
-                nats, _ = self.stage(batch.to(self.process.device))
-                meter.add(nats, batch, num_frames)
-        return meter.read(self.process, self.frame_rate)
+            for batch in loader:
+                nats = self.stage(batch.to(self.process.device))
+                meter.add(nats, batch)
+        return meter.read(self.process, self.rates)
 
     def sample(self) -> None:
         """Write samples of fixed validation clips at fixed seeds: wav files, or semantic tokens."""
@@ -181,20 +191,24 @@ class Training:
             return
         train, folder = self.config.train, self.out / "samples" / f"step-{self.step:08d}"
         clips = self.folder.clips("valid")[: train.num_samples]
-        tokens = [
-            tuple(torch.tensor(t.astype("int64")) for t in self.folder.read(c)) for c in clips
-        ]
-        max_frames = round(
-            min(train.sample_seconds, self.config.data.crop_seconds) * self.frame_rate
-        )
+        seconds = min(train.sample_seconds, self.config.data.crop_seconds)
+        tokens = [self.clip_tokens(clip, seconds) for clip in clips]
         with evaluating(self.stage), self.averaged(), self.process.autocast():
-            previews = preview(self.stage, tokens, self.codec, max_frames)
-        for clip, made in zip(clips, previews, strict=True):
-            stem = Path(clip.name).stem
+            previews = preview(self.stage, tokens, self.codec)
+        for n, (clip, made) in enumerate(zip(clips, previews, strict=True)):
+            stem = f"{n}-{Path(clip.name).stem}"
             with atomic_write(folder / f"{stem}.json") as file:
                 json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
             if made.wav is not None:
                 save_audio(folder / f"{stem}.wav", made.wav, self.codec.sample_rate)
+
+    def clip_tokens(self, clip: Clip, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """semantic [T_s], codes [K,T] of the first `seconds` of a clip."""
+        read = [torch.tensor(t.astype("int64")) for t in self.folder.read(clip)]
+        semantic = read[0][: round(seconds * self.folder.semantic["frame_rate"])]
+        if self.config.data.collapse_semantic:
+            semantic = torch.unique_consecutive(semantic)
+        return semantic, read[1][:, : round(seconds * self.folder.codec["frame_rate"])]
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones. Every process calls it; the main one writes."""
@@ -202,12 +216,14 @@ class Training:
         nats, counts = self.meter.nats, torch.tensor(self.meter.counts, device=process.device)
         if process.num_processes > 1:
             nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
+        check_finite(self, float(nats.sum()))
         if process.is_main_process:
             state = {
                 "spec": self.spec_state,
                 "model": asdict(self.config.model),
                 "crop_seconds": self.config.data.crop_seconds,
                 "collapse_semantic": self.config.data.collapse_semantic,
+                "totals": self.folder.header["totals"],
                 "tokenizers": {kind: self.folder.header[kind] for kind in ("codec", "semantic")},
                 "best_step": self.best_step,
                 "best_loss": None if self.best_step is None else self.best_loss,
@@ -219,36 +235,10 @@ class Training:
         process.wait_for_everyone()
 
 
-def start_line(run: Training) -> dict:
-    """The log's first line: what runs, where, and what its losses are to be measured against."""
-    names = run.spec.codebook_names
-    return {
-        "stage": run.config.stage,
-        "num_parameters": sum(p.numel() for p in run.stage.parameters()),
-        "codebooks": names,
-        **{name: asdict(b) for name, b in baselines(run.folder, names).items()},
-        "attention": str(run.attention),
-        **environment(run.process.device),
-    }
-
-
-def describe_start(line: dict, run: Training) -> str:
-    uniform, unigram = line["uniform"]["bits_per_second"], line["unigram"]["bits_per_second"]
-    return (
-        f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
-        f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
-        f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
-        "learns goes below both"
-    )
-
-
-def fit(run: Training) -> None:
+def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first: dict) -> None:
     """The loop: update, and every so often log, validate, sample, save."""
-    config, process, train = run.config, run.process, run.config.train
-    train_loader, valid_loader = run.loaders()
-    batches = iter(train_loader)
-    log = RunLog(config, process, run.step)
-    first = start_line(run) if process.is_main_process else {}
+    train, batches = run.config.train, iter(train_loader)
+    log = RunLog(run.config, run.process, run.step)
     log.write("start", **first)
     log.say(describe_start(first, run) if first else "")
     since, waited = time.perf_counter(), 0.0
@@ -261,7 +251,7 @@ def fit(run: Training) -> None:
         done = run.step == train.steps
         if run.step % train.log_every == 0 or done:
             elapsed = time.perf_counter() - since
-            log_train(run, log, norm, elapsed, waited / elapsed, micro_batches[0][0])
+            log_train(run, log, norm, elapsed, waited / elapsed, micro_batches[0])
             since, waited = time.perf_counter(), 0.0
         paused, improved = time.perf_counter(), False
         if run.step % train.valid_every == 0 or done:
@@ -271,9 +261,25 @@ def fit(run: Training) -> None:
         if run.step % train.save_every == 0 or improved or done or run.stopping:
             run.save()
         since += time.perf_counter() - paused  # throughput is that of training alone
-    if not run.stopping:
+    if run.step == train.steps:
         log.write("end", step=run.step)
     log.close()
+
+
+def check_finite(run: Training, loss: float) -> None:
+    """ValueError, before anything is logged or saved, if the weights are lost."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{run.out}: the loss is {loss} at step {run.step} and nothing of it was saved; "
+            "try a lower optim.lr or model.qk_norm=true in a new run"
+        )
+
+
+# What may differ at a resume: none of it changes what is computed, but the number of steps
+CHANGEABLE = re.compile(
+    r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*"
+    r"|train\.(steps|num_micro_batches|compile|num_kept|num_samples|sample_seconds|.*_every)"
+)
 
 
 def log_train(
@@ -281,13 +287,9 @@ def log_train(
 ) -> None:
     """Read and reset the meter; one line for the log, one for the terminal."""
     device = run.process.device
-    values = run.meter.read(run.process, run.frame_rate)
+    values = run.meter.read(run.process, run.rates)
     run.meter = Meter(run.spec.layout.num_codebooks, device)
-    if not math.isfinite(values["loss"]):
-        raise ValueError(
-            f"{run.out}: the loss is {values['loss']} at step {run.step}; continue from the last "
-            "checkpoint with --resume and a lower optim.lr, or model.qk_norm=true in a new run"
-        )
+    check_finite(run, values["loss"])
     speed = values.pop("places") / elapsed
     peak = peak_flops(device)
     flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
@@ -341,23 +343,25 @@ def train(config: RunConfig, resume: bool = False) -> Training:
         return run
     if run.step:
         process.print(f"{run.out}: resuming at step {run.step}")
+    loaders = run.loaders()
+    first = start_line(run) if process.is_main_process else {}
     process.wait_for_everyone()  # all have seen that the folder is theirs to write
     if process.is_main_process:
         save_config(config, run.out / "config.yaml")
 
     def stop(number: int, _: object) -> None:
-        if run.stopping:  # the second signal does not wait for the step to end
+        if run.signalled:  # the second signal does not wait for the step to end
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        run.stopping = number
+        run.signalled = number
 
     handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        fit(run)
+        fit(run, *loaders, first)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if run.stopping:
+    if run.step < config.train.steps:
         process.print(
             f"stopped and saved at step {run.step}; the same command with --resume goes on"
         )

@@ -1,5 +1,7 @@
 """schema <- YAML <- command line: one function that merges them and one that saves the result."""
 
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +41,33 @@ def save_config(config: object, path: str | Path) -> None:
     """Write the resolved config as YAML; `load_config(type(config), path)` gives it back."""
     with atomic_write(path) as file:
         file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check_same_config(saved: Path, config: object, changeable: re.Pattern) -> None:
+    """ValueError if the run whose config is `saved` was begun with another one, keys that match
+    `changeable` aside; no file, no objection."""
+    if not saved.is_file():
+        return
+    before, now = _flat(asdict(load_config(type(config), saved))), _flat(asdict(config))
+    changes = [
+        f"{key}: {before[key]} -> {now[key]}"
+        for key in now
+        if before[key] != now[key] and not changeable.fullmatch(key)
+    ]
+    if changes:
+        raise ValueError(
+            f"{saved}: a resumed run must be configured as it was begun ({'; '.join(changes)}); "
+            "set it back, or begin a new run with out=..."
+        )
+
+
+def _flat(node: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    pairs = {}
+    for key, value in node.items():
+        nested = isinstance(value, dict)
+        pairs |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return pairs
 
 
 def _read_yaml(path: Path) -> object:

@@ -6,9 +6,15 @@ from typing import Literal
 from omegaconf import MISSING
 
 
+def _check(section: str, config: object, least: dict[str, float]) -> None:
+    for key, smallest in least.items():
+        if getattr(config, key) < smallest:
+            raise ValueError(f"{section}.{key}={getattr(config, key)}: at least {smallest}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer. Small by default: 33 M parameters at dim 512, 8 layers... of any stage."""
+    """The transformer; by default 25 M parameters as a coarse stage."""
 
     dim: int = 512
     num_layers: int = 8
@@ -19,6 +25,10 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys: steadier at high learning rates
     dropout: float = 0.0  # on attention weights and on both residual branches
     rotary_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        sizes = ("dim", "num_layers", "num_heads", "head_dim", "num_kv_heads")
+        _check("model", self, dict.fromkeys(sizes, 1))
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,11 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear decay at the end
     decay_share: float = 0.2  # wsd only: the last share of the steps
     min_lr_share: float = 0.1  # the learning rate at the end, as a share of lr
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of the gradient; .inf turns it off
     ema_decay: float = 0.999  # averaged weights, used for validation and sampling; 0 turns it off
+
+    def __post_init__(self) -> None:
+        _check("optim", self, {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0})
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,11 @@ class TrainConfig:
     sample_every: int = 0  # write samples at fixed seeds every n steps; 0 = never
     num_samples: int = 2
     sample_seconds: float = 4.0
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "num_micro_batches", "num_kept", "num_samples")
+        every = ("log_every", "valid_every", "save_every")
+        _check("train", self, dict.fromkeys((*counts, *every), 1) | {"sample_every": 0})
 
 
 @dataclass(frozen=True)

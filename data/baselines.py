@@ -44,6 +44,6 @@ def baselines(folder: TokenFolder, codebooks: list[str]) -> dict[str, Baseline]:
 
 
 def token_rates(folder: TokenFolder, codebooks: list[str]) -> list[float]:
-    """Tokens per second of audio of each codebook."""
+    """Tokens per second of audio of each codebook (before repeats are collapsed)."""
     rates = {"semantic": float(folder.semantic["frame_rate"])}
     return [rates.get(name, float(folder.codec["frame_rate"])) for name in codebooks]

@@ -217,7 +217,7 @@ class Attend(nn.Module):
             options["attn_mask"] = attn_mask
         with sdpa_kernel([SDP[name] for name in backends], set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, **options)
-        out = out.reshape(b, h, i, -1)  # [b,g,(r i),d] or [(b g),r,i,d] -> [b,h,i,d]
+        out = out.reshape(b, h, i, v.shape[-1])  # [b,g,(r i),d] or [(b g),r,i,d] -> [b,h,i,d]
         return out if alive is None else out.masked_fill(~alive, 0.0)
 
     def _backends(

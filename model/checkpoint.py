@@ -51,8 +51,6 @@ def save_checkpoint(
             sizes[path.name] = path.stat().st_size
         with atomic_write(temporary / STATE) as file:
             json.dump({**state, "step": step, "files": sizes}, file, indent=1)
-        if final.exists():  # the same step saved again, after a resume: keep the newer one
-            shutil.rmtree(final)
         os.replace(temporary, final)
         fsync_folder(final.parent)
     finally:
@@ -68,6 +66,8 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 def rotate_checkpoints(run: str | Path, num_kept: int, best_step: int | None) -> None:
     """Delete all but the newest `num_kept` checkpoints and the best one."""
     best = None if best_step is None else checkpoint_folder(run, best_step)
+    for folder in (Path(run) / "checkpoints").glob(".step-*.part"):  # left by a kill
+        shutil.rmtree(folder)
     for folder in list_checkpoints(run)[: -num_kept or None]:
         if folder != best:
             shutil.rmtree(folder)
@@ -94,7 +94,7 @@ def find_checkpoint(run: str | Path, prefer_best: bool = False) -> Path:
     ValueError: no run there, no checkpoint yet, or a damaged one, naming the last whole one.
     """
     run = Path(run)
-    if (run / STATE).is_file() or run.name.startswith("step-"):
+    if (run / STATE).is_file() or run.parent.name == "checkpoints":
         found = run
     else:
         if not run.is_dir():
@@ -170,8 +170,8 @@ def load_stage(
     return stage.to(device).eval(), {**state, "path": str(folder)}
 
 
-def check_same_tokenizers(states: dict[str, dict[str, Any]]) -> None:
-    """ValueError if checkpoints ({run: state}) were trained on tokens of different tokenizers."""
+def check_same_tokens(states: dict[str, dict[str, Any]]) -> None:
+    """ValueError if checkpoints ({run: state}) do not agree on what the tokens are."""
     (first, reference), *others = states.items()
     for run, state in others:
         for kind in ("codec", "semantic"):
@@ -182,3 +182,14 @@ def check_same_tokenizers(states: dict[str, dict[str, Any]]) -> None:
                     f"({ours['name']} {ours['fingerprint']} and "
                     f"{theirs['name']} {theirs['fingerprint']})"
                 )
+        if reference["collapse_semantic"] != state["collapse_semantic"]:
+            raise ValueError(
+                f"{first} and {run} do not belong together: "
+                "only one of them was trained with data.collapse_semantic"
+            )
+    coarse = {
+        run: s["spec"] for run, s in states.items() if s["spec"]["name"] in ("coarse", "fine")
+    }
+    if len({spec["num_coarse"] for spec in coarse.values()}) > 1:
+        said = " and ".join(f"{run} (num_coarse={s['num_coarse']})" for run, s in coarse.items())
+        raise ValueError(f"{said} do not belong together: they divide the codebooks differently")

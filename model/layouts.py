@@ -23,8 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PAD, START, MIDDLE, EOS = 0, 1, 2, 3
-NUM_SPECIALS = 4
+PAD, START, MIDDLE = 0, 1, 2
+NUM_SPECIALS = 3
 IGNORE = -1  # a target nobody predicts
 
 Pattern = Literal["flatten", "delay"]

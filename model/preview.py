@@ -19,23 +19,19 @@ class Preview:
     wav: Tensor | None
 
 
-def preview(
-    stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None, max_frames: int
-) -> list[Preview]:
-    """Sample one clip for each (semantic [T_s], codes [K,T]) of `clips`, at seeds 0, 1, ...
+def preview(stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None) -> list[Preview]:
+    """Sample a clip as long as each (semantic [T_s], codes [K,T]) of `clips`, at seeds 0, 1, ...
 
     The stage reads the clip's own condition; the fine stage's coarse codes are the clip's too, the
     coarse stage's output is decoded alone, with the codebooks it has.
     """
     streams = [stage.spec.streams(*clip) for clip in clips]
-    limits = [min(max_frames, target.shape[1]) for _, target in streams]
-    conditions = [None if c is None else c[:, :max_frames] for c, _ in streams]
     empty = torch.empty(stage.layout.num_codebooks, 0, dtype=torch.long)
     tokens = generate(
         stage,
-        conditions,
+        [condition for condition, _ in streams],
         [empty] * len(clips),
-        limits,
+        [target.shape[1] for _, target in streams],
         list(range(len(clips))),
         Sampling(temperature=0.9, top_k=100),
     )

@@ -26,7 +26,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, rule in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < 1e3,
+                "0, or 0.001 to 1000",
+            ),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
@@ -40,7 +44,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
     top_k keeps the k best; top_p the smallest set of the best whose probability reaches p
     (Holtzman et al. 2020); min_p those at least min_p times as likely as the best (Nguyen et al.
-    2024). Ties at a threshold are kept.
+    2024).
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -94,6 +98,8 @@ def generate(
     layout = stage.layout
     rows = _rows(stage, prompts, max_frames, min_frames or [1] * len(prompts), seeds)
     num_steps = rows.known.shape[1]
+    if num_steps == 0:  # the prompts are all there is to be
+        return list(prompts)
     ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * len(prompts), num_steps)
     cache = None
     if use_cache:

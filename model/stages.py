@@ -127,8 +127,8 @@ class Stage(nn.Module):
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
         return self.transformer(x, positions, mask, kv_cache)
 
-    def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
-        """-> (nats [K], num_targets [K]): per head, the summed cross-entropy and how many targets.
+    def forward(self, batch: Sequences) -> Tensor:
+        """-> nats [K]: the summed cross-entropy of each head's targets.
 
         Sums rather than means: the caller divides by the tokens of the whole global batch, so that
         padding, micro-batches and processes do not weigh in.
@@ -138,5 +138,4 @@ class Stage(nn.Module):
             F.cross_entropy(head(hidden[places]).float(), targets, reduction="sum")
             for head, places, targets in zip(self.heads, batch.places, batch.targets, strict=True)
         ]
-        counts = [len(targets) for targets in batch.targets]
-        return torch.stack(nats), torch.tensor(counts, device=hidden.device)
+        return torch.stack(nats)

@@ -1,7 +1,6 @@
 """What a run says of itself: log.jsonl, one progress line in a terminal, wandb where asked for."""
 
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from configs.codec_schema import CodecTrainConfig
 from configs.schema import RunConfig
+from data.baselines import baselines, bits_per_second
 from model.layouts import Sequences
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
@@ -55,29 +55,31 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 class Meter:
-    """Sums since they were last read: nats and targets per codebook, codec frames, places."""
+    """Sums since they were last read: nats and targets per codebook, places."""
 
     def __init__(self, num_codebooks: int, device: torch.device):
         self.nats = torch.zeros(num_codebooks, device=device)  # summed on the device: no host sync
-        self.counts = [0] * (num_codebooks + 2)  # targets per codebook, codec frames, places
+        self.counts = [0] * (num_codebooks + 1)  # targets per codebook, places
 
-    def add(self, nats: torch.Tensor, batch: Sequences, num_frames: int) -> None:
+    def add(self, nats: torch.Tensor, batch: Sequences) -> None:
         self.nats += nats.detach()
-        new = (*(len(t) for t in batch.targets), num_frames, batch.num_places)
+        new = (*(len(t) for t in batch.targets), batch.num_places)
         self.counts = [old + n for old, n in zip(self.counts, new, strict=True)]
 
-    def read(self, process: Accelerator, frame_rate: float) -> dict:
-        """Means over all processes: nats per token (of each codebook), bits per second of audio."""
+    def read(self, process: Accelerator, rates: list[float]) -> dict:
+        """Means over all processes: nats per token (of each codebook), bits per second of audio at
+        `rates` tokens per second of each codebook."""
         counts = torch.tensor(self.counts, device=process.device, dtype=torch.float64)
         nats = self.nats.double()
         if process.num_processes > 1:
             nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
-        *targets, frames, places = counts.tolist()
+        *targets, places = counts.tolist()
         nats = nats.tolist()
+        per_codebook = [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)]
         return {
             "loss": sum(nats) / max(1.0, sum(targets)),
-            "per_codebook": [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)],
-            "bits_per_second": sum(nats) / math.log(2) / max(1.0, frames) * frame_rate,
+            "per_codebook": per_codebook,
+            "bits_per_second": bits_per_second(per_codebook, rates),
             "places": int(places),
         }
 
@@ -124,3 +126,27 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
         self.accelerator.end_training()
+
+
+def start_line(run: Any) -> dict:
+    """The log's first line: what runs, where, and what its losses are to be measured against."""
+    names = run.spec.codebook_names
+    return {
+        "stage": run.config.stage,
+        "num_parameters": sum(p.numel() for p in run.stage.parameters()),
+        "codebooks": names,
+        **{name: asdict(b) for name, b in baselines(run.folder, names).items()},
+        "attention": str(run.attention),
+        **environment(run.process.device),
+    }
+
+
+def describe_start(line: dict, run: Any) -> str:
+    """The same for the terminal."""
+    uniform, unigram = line["uniform"]["bits_per_second"], line["unigram"]["bits_per_second"]
+    return (
+        f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
+        f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
+        f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
+        "learns goes below both"
+    )

@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,24 +19,20 @@ from tqdm import tqdm
 from configs.files import atomic_write
 from data.audio import load_audio, save_audio
 from data.dataset import mix
-from model.checkpoint import check_same_tokenizers, load_stage
+from model.checkpoint import check_same_tokens, load_stage
 from model.codec import Codec, load_codec
 from model.sampling import Sampling, generate_windows
 from model.semantic import SemanticTokenizer, load_semantic
 from model.stages import STAGES, Stage
-from scripts.cli import make_parser, run_cli
+from scripts.cli import run_cli
 from scripts.run_log import environment
+from scripts.sample_options import (
+    check_request,
+    find_device,
+    read_samplings,
+    sample_parser,
+)
 
-EXAMPLES = """\
-  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c --out out.wav
-  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c \\
-      --prompt x.wav --prompt-seconds 3 --seconds 10 --num 4 --out out.wav
-  python -m scripts.sample --coarse runs/b --fine runs/c --resynthesize x.wav --out out.wav
-  python -m scripts.sample --semantic runs/a --acoustic runs/d --top-k 100 \\
-      --temperature semantic=0.8 acoustic=1 --out out.wav"""
-
-# AudioLM's temperatures (Borsos et al. 2023, section IV); the acoustic stage takes coarse's
-DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic": 0.8}
 SLACK = 2  # frames: where tokens are aligned in time, a clip ends where its semantic tokens do
 OVERLAP = 0.25  # of a window, repeated from the one before, where a clip outgrows the context
 
@@ -96,7 +92,7 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
         if stage.spec.name != name:
             raise ValueError(f"--{name} {run}: holds a {stage.spec.name} stage")
         stages[name], states[name] = stage, state
-    check_same_tokenizers({getattr(arguments, name): states[name] for name in states})
+    check_same_tokens({getattr(arguments, name): states[name] for name in states})
     expected = states[next(iter(states))]["tokenizers"]
     codec = load_codec(arguments.codec or expected["codec"]["name"], device)
     semantic = None
@@ -131,14 +127,12 @@ def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
 
 def check_prompt(path: str, prompt: Prompt, models: Models) -> None:
     """ValueError if the semantic stage cannot hold the prompt and anything after it."""
-    seconds, context = (
-        prompt.codes.shape[1] / models.codec.frame_rate,
-        models.context_seconds("semantic"),
-    )
+    seconds = prompt.codes.shape[1] / models.codec.frame_rate
+    context = models.context_seconds("semantic")
     if seconds >= context:
         raise ValueError(
             f"{path}: {seconds:.1f} s, but the semantic stage was trained on {context:g} s at a "
-            f"time; take its beginning with --prompt-seconds {max(1, int(context / 2))}"
+            f"time; take its beginning with --prompt-seconds {context / 2:g}"
         )
 
 
@@ -198,6 +192,16 @@ def run_stage(
         progress.close()
 
 
+def check_collapsed(models: Models, seconds: float) -> None:
+    """ValueError for clips beyond one context where semantic tokens have lost their timing."""
+    context = min(map(models.context_seconds, models.stages))
+    if models.any_state["collapse_semantic"] and seconds > context:
+        raise ValueError(
+            f"{seconds:g} s is more than the {context:g} s of these runs' context; with "
+            "data.collapse_semantic nothing longer can be aligned: lower --seconds"
+        )
+
+
 @torch.no_grad()
 def generate_codes(
     models: Models,
@@ -216,6 +220,7 @@ def generate_codes(
     if collapsed:
         semantic = torch.unique_consecutive(semantic)
     limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
+    check_collapsed(models, limit / frame_rate)
     if resynthesize:
         semantics, limit = [semantic] * N, codes.shape[1]
         codes = codes[:, :0]
@@ -259,32 +264,6 @@ def generate_codes(
     return [torch.cat([c[:, : f.shape[1]], f]) for c, f in zip(coarse, fine, strict=True)]
 
 
-def per_stage(option: list[str] | None, default: dict, kind: type, flag: str) -> dict:
-    """`0.8` sets all stages, `coarse=0.7` one of them."""
-    values = dict(default)
-    for item in option or []:
-        name, equals, text = item.rpartition("=")
-        if equals and name not in values:
-            raise ValueError(f"{flag} {item}: the stages are {', '.join(values)}")
-        try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(f"{flag} {item}: {text!r} is not a number") from None
-        values.update({name: value} if equals else dict.fromkeys(values, value))
-    return values
-
-
-def read_samplings(arguments: Namespace) -> dict[str, Sampling]:
-    def same(value: float) -> dict:
-        return dict.fromkeys(STAGES, value)
-
-    temperature = per_stage(arguments.temperature, DEFAULT_TEMPERATURES, float, "--temperature")
-    top_k = per_stage(arguments.top_k, same(0), int, "--top-k")
-    top_p = per_stage(arguments.top_p, same(1.0), float, "--top-p")
-    min_p = per_stage(arguments.min_p, same(0.0), float, "--min-p")
-    return {n: Sampling(temperature[n], top_k[n], top_p[n], min_p[n]) for n in STAGES}
-
-
 def write_clips(
     arguments: Namespace, models: Models, prompt: Prompt | None, codes: list[Tensor], record: dict
 ) -> list[Path]:
@@ -316,12 +295,9 @@ def write_clips(
 
 def sample(arguments: Namespace) -> list[Path]:
     """The whole command: load, encode the prompt, run the stages, write. Returns the wav files."""
-    if arguments.prompt and arguments.resynthesize:
-        raise ValueError("--prompt continues a recording, --resynthesize repeats it: choose one")
-    if arguments.num < 1 or arguments.seconds <= 0:
-        raise ValueError("--num and --seconds must be positive")
+    check_request(arguments)
     samplings = read_samplings(arguments)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(arguments.device)
     models = load_models(arguments, device)
     print(next(iter(models.stages.values())).transformer.attention)
     prompt, source = None, arguments.prompt or arguments.resynthesize
@@ -351,35 +327,6 @@ def sample(arguments: Namespace) -> list[Path]:
     for path, seconds in zip(files, record["seconds"], strict=True):
         print(f"{path}  {seconds:.2f} s")
     return files
-
-
-def sample_parser() -> ArgumentParser:
-    parser = make_parser(__doc__.split("\n\n")[0], EXAMPLES)
-    for name in STAGES:
-        parser.add_argument(
-            f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
-        )
-    parser.add_argument("--prompt", metavar="WAV", help="a recording to continue")
-    parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use its first S seconds")
-    parser.add_argument("--resynthesize", metavar="WAV", help="repeat its semantic tokens anew")
-    parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
-    parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
-    for flag, what in (
-        ("--temperature", "one number, or STAGE=number each; 0 is greedy"),
-        ("--top-k", "keep the k likeliest classes; 0 keeps all"),
-        ("--top-p", "keep the likeliest classes up to this probability"),
-        ("--min-p", "keep classes at least this likely, relative to the likeliest"),
-    ):
-        parser.add_argument(flag, nargs="+", metavar="X", help=what)
-    parser.add_argument("--codec", help="codec folder, where it is no longer where it was")
-    parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
-    parser.add_argument("--attention", default="auto", help="attention backend (auto)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
-    parser.add_argument(
-        "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
-    )
-    return parser
 
 
 def main() -> None:

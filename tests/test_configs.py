@@ -14,7 +14,7 @@ from tokens import CODEC, SEMANTIC, write_tokens
 from configs.codec_schema import CodecTrainConfig
 from configs.load import load_config, save_config
 from configs.schema import RunConfig
-from scripts import evaluate, fit_kmeans, prepare, sample, train_codec
+from scripts import evaluate, fit_kmeans, prepare, sample_options, train_codec
 from scripts.train_codec import main as train_codec_main
 from train import EXAMPLES, train
 
@@ -88,11 +88,13 @@ def test_overrides_win_and_the_resolved_config_comes_back(tmp_path):
         ("model.dim=wide", r"model.dim"),
         ("attention.backend=fast", r"einsum"),
         ("stage", r"section.key=value"),
+        ("train.log_every=0", r"train.log_every=0: at least 1"),
+        ("model.num_heads=0", r"model.num_heads=0: at least 1"),
     ],
 )
 def test_a_typo_is_an_error_that_helps(override, message):
     with pytest.raises(ValueError, match=message):
-        load_config(RunConfig, None, [override])
+        load_config(RunConfig, None, ["stage=fine", "out=x", "data.tokens=x", override])
 
 
 def test_a_missing_or_broken_file_is_an_error_that_helps(tmp_path):
@@ -113,7 +115,7 @@ def test_exit_code_2_and_one_line():
     assert done.stderr.startswith("error: command line: optim.lrr=1")
 
 
-@pytest.mark.parametrize("module", [prepare, fit_kmeans, train_codec, evaluate, sample])
+@pytest.mark.parametrize("module", [prepare, fit_kmeans, train_codec, evaluate, sample_options])
 def test_examples_in_help_name_real_files_and_flags(module):
     """Every flag an example uses is in --help; every config it names exists."""
     source = Path(module.__file__).read_text()

@@ -13,11 +13,12 @@ from configs.codec_schema import CodecConfig
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.audio import find_recordings
-from model.checkpoint import list_checkpoints
+from model.checkpoint import check_same_tokens, list_checkpoints
 from model.codec import Codec
 from model.semantic import MfccKMeans
 from scripts import prepare
-from scripts.sample import sample, sample_parser
+from scripts.sample import sample
+from scripts.sample_options import sample_parser
 from train import train
 
 RATE, HOP = 16_000, 320
@@ -131,6 +132,11 @@ def test_greedy_options_per_stage(world, tmp_path):
         ([], ("semantic", "coarse"), "needs the fine stage"),
         ([], ("semantic", "coarse", "fine", "acoustic"), "--coarse has no part"),
         (["--num", 0], ("semantic", "acoustic"), "must be positive"),
+        (["--seconds", "inf"], ("semantic", "acoustic"), "must be positive"),
+        (["--prompt-seconds", 1], ("semantic", "acoustic"), "needs --prompt"),
+        (["--prompt", "x", "--prompt-seconds", -1], ("semantic", "acoustic"), "must be a positive"),
+        (["--device", "nowhere"], ("semantic", "acoustic"), "--device nowhere: cannot be used"),
+        (["--temperature", "1e-40"], ("semantic", "acoustic"), "temperature"),
         (["--temperature", "warm"], ("semantic", "acoustic"), "not a number"),
         (["--top-k", "middle=3"], ("semantic", "acoustic"), "the stages are"),
         (["--prompt", "no.wav"], ("semantic", "acoustic"), "no.wav: no such file"),
@@ -153,6 +159,15 @@ def test_a_prompt_longer_than_the_context_is_an_error(world, tmp_path):
         run(world, tmp_path / "y.wav", "--prompt", tmp_path / "short.wav")
 
 
+@pytest.mark.parametrize("out", ["x.wav", "x.json", "x"])
+def test_a_recording_is_never_overwritten(world, tmp_path, out):
+    save_wav(tmp_path / "x.wav", 0.5)
+    before = (tmp_path / "x.wav").read_bytes()
+    with pytest.raises(ValueError, match=r"would overwrite|wav is what is written"):
+        run(world, tmp_path / out, "--prompt", tmp_path / "x.wav")
+    assert (tmp_path / "x.wav").read_bytes() == before
+
+
 def test_runs_of_different_tokenizers_do_not_mix(world, tmp_path):
     state_file = list_checkpoints(world / "fine")[-1] / "state.json"
     before = state_file.read_text()
@@ -164,6 +179,10 @@ def test_runs_of_different_tokenizers_do_not_mix(world, tmp_path):
             run(world, tmp_path / "y.wav")
     finally:
         state_file.write_text(before)
+    state = json.loads(before)
+    state["spec"]["num_coarse"] = 3
+    with pytest.raises(ValueError, match=r"num_coarse=3.*num_coarse=2"):
+        check_same_tokens({"a": state, "b": json.loads(before)})
     words = ("--semantic", world / "semantic", "--coarse", world / "fine", "--fine", world / "fine")
     with pytest.raises(ValueError, match=r"--coarse .*: holds a fine stage"):
         run(world, tmp_path / "y.wav", *words, stages=())

@@ -1,0 +1,108 @@
+"""The sample command's options: what they are, and which requests cannot be."""
+
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import torch
+
+from model.sampling import Sampling
+from model.stages import STAGES
+from scripts.cli import make_parser
+
+DESCRIPTION = "Sample audio: from nothing, on from a recording, or from its semantic tokens."
+EXAMPLES = """\
+  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c --out out.wav
+  python -m scripts.sample --semantic runs/a --coarse runs/b --fine runs/c \\
+      --prompt x.wav --prompt-seconds 3 --seconds 10 --num 4 --out out.wav
+  python -m scripts.sample --coarse runs/b --fine runs/c --resynthesize x.wav --out out.wav
+  python -m scripts.sample --semantic runs/a --acoustic runs/d --top-k 100 \\
+      --temperature semantic=0.8 acoustic=1 --out out.wav"""
+
+# AudioLM's temperatures (Borsos et al. 2023, section IV); the acoustic stage takes coarse's
+DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic": 0.8}
+
+
+def sample_parser() -> ArgumentParser:
+    parser = make_parser(DESCRIPTION, EXAMPLES)
+    for name in STAGES:
+        parser.add_argument(
+            f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
+        )
+    parser.add_argument("--prompt", metavar="WAV", help="a recording to continue")
+    parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use its first S seconds")
+    parser.add_argument("--resynthesize", metavar="WAV", help="repeat its semantic tokens anew")
+    parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
+    parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
+    for flag, what in (
+        ("--temperature", "one number, or STAGE=number each; 0 is greedy"),
+        ("--top-k", "keep the k likeliest classes; 0 keeps all"),
+        ("--top-p", "keep the likeliest classes up to this probability"),
+        ("--min-p", "keep classes at least this likely, relative to the likeliest"),
+    ):
+        parser.add_argument(flag, nargs="+", metavar="X", help=what)
+    parser.add_argument("--codec", help="codec folder, where it is no longer where it was")
+    parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
+    parser.add_argument("--attention", default="auto", help="attention backend (auto)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument(
+        "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
+    )
+    return parser
+
+
+def check_request(arguments: Namespace) -> None:
+    """ValueError for what can be known to be wrong before anything is loaded."""
+    source, out = arguments.prompt or arguments.resynthesize, Path(arguments.out)
+    if arguments.prompt and arguments.resynthesize:
+        raise ValueError("--prompt continues a recording, --resynthesize repeats it: choose one")
+    if arguments.num < 1 or not 0 < arguments.seconds < math.inf:
+        raise ValueError("--num and --seconds must be positive numbers")
+    if arguments.prompt_seconds is not None:
+        if not source:
+            raise ValueError("--prompt-seconds needs --prompt or --resynthesize")
+        if not 0 < arguments.prompt_seconds < math.inf:
+            raise ValueError("--prompt-seconds must be a positive number")
+    if out.suffix != ".wav":
+        raise ValueError(f"--out {out}: wav is what is written; name it {out.with_suffix('.wav')}")
+    here = source and Path(source).resolve().parent == out.resolve().parent
+    if here and Path(source).suffix == ".wav" and Path(source).stem.startswith(out.stem):
+        raise ValueError(f"--out {out} would overwrite {source}: choose another name")
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device asked for, or the GPU where there is one. ValueError: unknown or not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
+    return device
+
+
+def per_stage(option: list[str] | None, default: dict, kind: type, flag: str) -> dict:
+    """`0.8` sets all stages, `coarse=0.7` one of them."""
+    values = dict(default)
+    for item in option or []:
+        name, equals, text = item.rpartition("=")
+        if equals and name not in values:
+            raise ValueError(f"{flag} {item}: the stages are {', '.join(values)}")
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{flag} {item}: {text!r} is not a number") from None
+        values.update({name: value} if equals else dict.fromkeys(values, value))
+    return values
+
+
+def read_samplings(arguments: Namespace) -> dict[str, Sampling]:
+    def same(value: float) -> dict:
+        return dict.fromkeys(STAGES, value)
+
+    temperature = per_stage(arguments.temperature, DEFAULT_TEMPERATURES, float, "--temperature")
+    top_k = per_stage(arguments.top_k, same(0), int, "--top-k")
+    top_p = per_stage(arguments.top_p, same(1.0), float, "--top-p")
+    min_p = per_stage(arguments.min_p, same(0.0), float, "--min-p")
+    return {n: Sampling(temperature[n], top_k[n], top_p[n], min_p[n]) for n in STAGES}
