@@ -51,6 +51,8 @@ def save_checkpoint(
             sizes[path.name] = path.stat().st_size
         with atomic_write(temporary / STATE) as file:
             json.dump({**state, "step": step, "files": sizes}, file, indent=1)
+        if final.exists():  # the same step saved twice: the newer one is as whole as the older
+            shutil.rmtree(final)
         os.replace(temporary, final)
         fsync_folder(final.parent)
     finally:
