@@ -37,9 +37,10 @@ def preview(stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | Non
     )
     if stage.spec.name == "semantic" or codec is None:
         return [Preview(t, None) for t in tokens]
-    previews = []
+    previews, device = [], stage.embed.weight.device
     for t, (_, codes) in zip(tokens, clips, strict=True):
         if stage.spec.name == "fine":
             t = torch.cat([codes[: stage.spec.codebooks[0], : t.shape[1]], t])
-        previews.append(Preview(t, codec.decode(t[None])[0]))  # [1,K,T] -> [1,1,L] -> [1,L]
+        wav = codec.decode(t[None].to(device))[0]  # [1,K,T] -> [1,L]
+        previews.append(Preview(t, wav))
     return previews

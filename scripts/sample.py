@@ -220,7 +220,6 @@ def generate_codes(
     if collapsed:
         semantic = torch.unique_consecutive(semantic)
     limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
-    check_collapsed(models, limit / frame_rate)
     if resynthesize:
         semantics, limit = [semantic] * N, codes.shape[1]
         codes = codes[:, :0]
@@ -237,6 +236,7 @@ def generate_codes(
         )
         semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
 
+    check_collapsed(models, limit / frame_rate)
     limits = [
         limit if collapsed else min(limit, max(codes.shape[1] + 1, math.ceil(len(s) / ratio)))
         for s in semantics
