@@ -193,6 +193,8 @@ class Attend(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
     ) -> Tensor:
         backends = self._backends(q, mask, attn_bias)
+        if backends == ("cudnn",) and k.shape[2] == 1:  # its kernel takes no single key
+            k, v, mask, attn_bias = _with_masked_key(k, v, mask, attn_bias)
         b, h, i, _ = q.shape
         g, j = k.shape[1], k.shape[2]
         if self.causal and i > j and mask is None and attn_bias is None:
@@ -246,6 +248,15 @@ def resolve(
     return select_backends(
         device.type, capability, dtype, head_dim, torch_version=version, requested=requested, **uses
     )
+
+
+def _with_masked_key(
+    k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """k, v [b,g,j,d] with one more key before the others, which nobody may attend."""
+    mask = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if mask is None else mask
+    k, v, mask = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), F.pad(mask, (1, 0))
+    return k, v, mask, None if attn_bias is None else F.pad(attn_bias, (1, 0))
 
 
 Shared = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -5,10 +5,24 @@ import itertools
 import pytest
 import torch
 
-from model.attend import BACKENDS, Attend, AttentionChoice, resolve, select_backends
+from model.attend import (
+    BACKENDS,
+    Attend,
+    AttentionChoice,
+    _with_masked_key,
+    resolve,
+    select_backends,
+)
 
 CUDA = torch.cuda.is_available()
-LENGTHS = {"q=k": (8, 8), "q=1": (1, 8), "1<q<k": (3, 8), "q>k": (8, 3)}
+LENGTHS = {
+    "q=k": (8, 8),
+    "q=1": (1, 8),
+    "1<q<k": (3, 8),
+    "q>k": (8, 3),
+    "k=1": (1, 1),
+    "q>k=1": (3, 1),
+}
 
 
 def available(dtype: torch.dtype, has_mask: bool, has_bias: bool) -> list[tuple[str, str]]:
@@ -186,3 +200,16 @@ def test_flash_alone_refuses_a_mask_at_the_call():
     q, k, v, mask, _ = inputs(4, 4, 1, BF16, "cuda", with_mask=True, with_bias=False)
     with pytest.raises(ValueError, match="takes no mask or bias"):
         Attend(flash=True, choice=AttentionChoice(("flash",), "test"))(q, k, v, mask)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("i", [1, 3])
+def test_a_masked_key_in_front_changes_nothing(i, with_bias):
+    """What a kernel that takes no single key is given instead."""
+    q, k, v, mask, bias = inputs(
+        i, 1, 2, torch.float32, "cpu", with_mask=with_bias, with_bias=with_bias
+    )
+    padded = _with_masked_key(k, v, mask, bias)
+    assert padded[0].shape[2] == 2
+    attend = Attend(causal=True)
+    torch.testing.assert_close(attend(q, *padded), attend(q, k, v, mask, bias))
