@@ -77,6 +77,7 @@ class Training:
             "num_codebooks": codec["num_codebooks"],
             "codebook_size": codec["codebook_size"],
             "num_coarse": config.num_coarse,
+            "semantic_rate": semantic["frame_rate"] / codec["frame_rate"],
         }
         self.spec = stage_spec(**self.spec_state)
         self.rates = token_rates(self.folder, self.spec.codebook_names)

@@ -14,6 +14,9 @@ START says that the target begins where its recording begins, MIDDLE that it doe
 the last frame only where the recording ends. Input ids are global: every special and every code of
 every codebook has an id of its own. Targets are local to the head that predicts them: head k has
 classes 0..size-1, and head 0 one more, EOS.
+
+A place also has a position, which is its time: what a frame of the condition describes stands at a
+constant rotary distance from the target's frame, however far apart their places are.
 """
 
 from collections.abc import Callable
@@ -34,12 +37,13 @@ Pattern = Literal["flatten", "delay"]
 class Sequences:
     """A batch of laid-out clips, padded on the right.
 
-    ids [B,N,S] global input ids. For head k, `places[k]` [M_k] are the places, counted over the
-    flattened [B*N], whose next token head k predicts, and `targets[k]` [M_k] its local classes.
-    `num_places` counts the places that are not padding.
+    ids [B,N,S] global input ids, positions [B,N] of their places. For head k, `places[k]` [M_k] are
+    the places, counted over the flattened [B*N], whose next token head k predicts, and `targets[k]`
+    [M_k] its local classes. `num_places` counts the places that are not padding.
     """
 
     ids: Tensor
+    positions: Tensor
     places: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     num_places: int
@@ -57,19 +61,21 @@ class Sequences:
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Sequences":
         places, targets = tuple(map(move, self.places)), tuple(map(move, self.targets))
-        return Sequences(move(self.ids), places, targets, self.num_places)
+        return Sequences(move(self.ids), move(self.positions), places, targets, self.num_places)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which streams a stage reads (`condition_sizes`) and writes (`target_sizes`), and how.
 
-    Sizes are codebook sizes, one per codebook; an empty condition is allowed.
+    Sizes are codebook sizes, one per codebook; an empty condition is allowed. `condition_rate` is
+    the condition's frames per frame of the target.
     """
 
     condition_sizes: tuple[int, ...]
     target_sizes: tuple[int, ...]
     pattern: Pattern = "flatten"
+    condition_rate: float = 1.0
 
     @property
     def num_codebooks(self) -> int:
@@ -82,6 +88,12 @@ class Layout:
     @property
     def num_ids(self) -> int:
         return NUM_SPECIALS + sum(self.condition_sizes) + sum(self.target_sizes)
+
+    @property
+    def streams(self) -> Tensor:
+        """[num_ids]: the stream each id belongs to: 0 PAD, 1 the marks, then one per codebook."""
+        sizes = torch.tensor([1, NUM_SPECIALS - 1, *self.condition_sizes, *self.target_sizes])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     @property
     def head_sizes(self) -> tuple[int, ...]:
@@ -144,6 +156,24 @@ class Layout:
         out[:, 0] = ids
         return out
 
+    def positions(self, ids: Tensor) -> Tensor:
+        """ids [N,S] of one sequence -> its rotary positions [N], in places of the target.
+
+        START or MIDDLE is 0 and the target counts on from there; the condition's places are spread
+        evenly over the same time. Positions that count places instead leave the distance between a
+        target and its condition growing with time, and a small model then ignores its condition
+        (time-aligned rotary positions: Xu et al. 2025, Qwen2.5-Omni, section 2.2).
+        """
+        first = self._start(ids)
+        per_frame = self.num_codebooks if self.pattern == "flatten" else 1
+        stride = per_frame / (self.condition_rate * max(1, len(self.condition_sizes)))
+        return torch.cat([1 + stride * torch.arange(first), torch.arange(len(ids) - first)])
+
+    @staticmethod
+    def _start(ids: Tensor) -> int:
+        """The place of START or MIDDLE in ids [N,S]."""
+        return int(((ids[:, 0] == START) | (ids[:, 0] == MIDDLE)).nonzero()[0])
+
     def encode(
         self, condition: Tensor | None, codes: Tensor, starts: bool, ends: bool
     ) -> tuple[Tensor, Tensor]:
@@ -177,18 +207,21 @@ class Layout:
         """Pad encoded clips on the right and list, per head, what is to be predicted."""
         N = max(len(ids) for ids, _ in encoded)
         ids = torch.full((len(encoded), N, self.num_slots), PAD)
+        positions = torch.zeros(len(encoded), N)
         targets = torch.full((len(encoded), N, self.num_codebooks), IGNORE)
         for row, (clip_ids, clip_targets) in enumerate(encoded):
             ids[row, : len(clip_ids)] = clip_ids
+            positions[row, : len(clip_ids)] = self.positions(clip_ids)
             targets[row, : len(clip_targets)] = clip_targets
         flat = targets.reshape(-1, self.num_codebooks)  # [B,N,K] -> [B*N,K]
         places = tuple((flat[:, k] != IGNORE).nonzero()[:, 0] for k in range(self.num_codebooks))
         num_places = sum(len(clip_ids) for clip_ids, _ in encoded)
-        return Sequences(ids, places, tuple(flat[p, k] for k, p in enumerate(places)), num_places)
+        local = tuple(flat[p, k] for k, p in enumerate(places))
+        return Sequences(ids, positions, places, local, num_places)
 
     def decode(self, ids: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor, bool, bool]:
         """The inverse of `encode`, for clips that end: (condition, codes, starts, ends)."""
-        first = int(((ids[:, 0] == START) | (ids[:, 0] == MIDDLE)).nonzero()[0])
+        first = self._start(ids)
         condition = None
         if self.condition_sizes:
             K_c = len(self.condition_sizes)

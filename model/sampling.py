@@ -100,22 +100,25 @@ def generate(
     num_steps = rows.known.shape[1]
     if num_steps == 0:  # the prompts are all there is to be
         return list(prompts)
-    ids, mask = _pad_left(stage, conditions, prompts, starts or [True] * len(prompts), num_steps)
+    ids, positions, mask = _pad_left(
+        stage, conditions, prompts, starts or [True] * len(prompts), num_steps
+    )
     cache = None
     if use_cache:
         cache = stage.transformer.make_cache(len(prompts), ids.shape[1] + num_steps)
-    out, fresh = [], ids
+    out, num_fresh = [], ids.shape[1]
     for j in range(num_steps):
         seen = None if mask is None else mask[:, : ids.shape[1]]
-        hidden = stage.hidden(fresh if use_cache else ids, seen, cache)[:, -1]  # [B,dim]
+        fresh = slice(-num_fresh if use_cache else None, None)
+        hidden = stage.hidden(ids[:, fresh], positions[:, fresh], seen, cache)[:, -1]  # [B,dim]
         out.append(_draw_step(stage, hidden, j, rows, sampling))
         num_active = int((_frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames).sum())
         if on_frame is not None and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0):
             on_frame(num_active)
         if num_active == 0:
             break
-        fresh = _to_ids(stage, out[-1], j)
-        ids = torch.cat([ids, fresh], dim=1)
+        ids, num_fresh = torch.cat([ids, _to_ids(stage, out[-1], j)], dim=1), 1
+        positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
     steps = torch.stack(out, dim=1).cpu()  # [B,steps,S]
     return [
         _finish(stage, prompt, row, int(total))
@@ -258,9 +261,9 @@ def _pad_left(
     prompts: list[Tensor],
     starts: list[bool],
     num_steps: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Ragged prompts as ids [B,N,S], padded on the left so that all go on at place N, and the mask
-    [B,N+num_steps] of real places; None when no row is padded."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ragged prompts as ids [B,N,S] and positions [B,N], padded on the left so that all go on at
+    place N, and the mask [B,N+num_steps] of real places; None when no row is padded."""
     layout, device = stage.layout, stage.embed.weight.device
     rows = [
         torch.cat(
@@ -272,12 +275,12 @@ def _pad_left(
         for condition, prompt, start in zip(conditions, prompts, starts, strict=True)
     ]
     N = max(len(row) for row in rows)
-    ids = torch.full((len(rows), N, layout.num_slots), PAD)
+    ids, positions = torch.full((len(rows), N, layout.num_slots), PAD), torch.zeros(len(rows), N)
     mask = torch.ones(len(rows), N + num_steps, dtype=torch.bool)
     for n, row in enumerate(rows):
-        ids[n, N - len(row) :] = row
+        ids[n, N - len(row) :], positions[n, N - len(row) :] = row, layout.positions(row)
         mask[n, : N - len(row)] = False
-    return ids.to(device), None if mask.all() else mask.to(device)
+    return ids.to(device), positions.to(device), None if mask.all() else mask.to(device)
 
 
 def _known(stage: Stage, prompt: Tensor, num_steps: int) -> Tensor:

@@ -66,9 +66,17 @@ class StageSpec:
 
 
 def stage_spec(
-    name: str, num_semantic: int, num_codebooks: int, codebook_size: int, num_coarse: int
+    name: str,
+    num_semantic: int,
+    num_codebooks: int,
+    codebook_size: int,
+    num_coarse: int,
+    semantic_rate: float = 1.0,
 ) -> StageSpec:
-    """The spec of stage `name`. ValueError: unknown name, or num_coarse leaves a stage empty."""
+    """The spec of stage `name`; `semantic_rate` is semantic tokens per codec frame.
+
+    ValueError: unknown name, or num_coarse leaves a stage empty.
+    """
     if name not in STAGES:
         raise ValueError(f"stage={name}: expected one of {', '.join(STAGES)}")
     if name in ("coarse", "fine") and not 0 < num_coarse < num_codebooks:
@@ -80,9 +88,15 @@ def stage_spec(
     fine = (codebook_size,) * (num_codebooks - num_coarse)
     layout, codebooks = {
         "semantic": (Layout((), (num_semantic,)), (0, 0)),
-        "coarse": (Layout((num_semantic,), coarse), (0, num_coarse)),
+        "coarse": (
+            Layout((num_semantic,), coarse, condition_rate=semantic_rate),
+            (0, num_coarse),
+        ),
         "fine": (Layout(coarse, fine), (num_coarse, num_codebooks)),
-        "acoustic": (Layout((num_semantic,), coarse + fine, "delay"), (0, num_codebooks)),
+        "acoustic": (
+            Layout((num_semantic,), coarse + fine, "delay", semantic_rate),
+            (0, num_codebooks),
+        ),
     }[name]
     return StageSpec(name, num_semantic, codebook_size, codebooks, layout)
 
@@ -90,10 +104,12 @@ def stage_spec(
 class Stage(nn.Module):
     """Embedding -> transformer -> one head per codebook.
 
-    | parameter | initialised from                                          |
-    |-----------|-----------------------------------------------------------|
-    | embed     | normal(0, 0.02), PAD's row 0; a place's slots are summed  |
-    | heads     | normal(0, 0.02): the first loss is close to uniform       |
+    | parameter    | initialised from                                          |
+    |--------------|-----------------------------------------------------------|
+    | embed        | normal(0, 0.02), PAD's row 0; a place's slots are summed  |
+    | embed_stream | the same; added to every id of a codebook, so that what   |
+    |              | its ids have in common is learnt once                     |
+    | heads        | normal(0, 0.02): the first loss is close to uniform       |
     """
 
     def __init__(
@@ -101,30 +117,33 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.spec, self.layout = spec, spec.layout
+        streams = self.layout.streams
+        self.register_buffer("stream_of", streams, persistent=False)  # [num_ids]
         self.embed = nn.Embedding(self.layout.num_ids, config.dim, padding_idx=PAD)
+        self.embed_stream = nn.Embedding(int(streams.max()) + 1, config.dim, padding_idx=PAD)
         self.transformer = Transformer(config, attention)
         self.heads = nn.ModuleList(
             nn.Linear(config.dim, size, bias=False) for size in self.layout.head_sizes
         )
-        nn.init.normal_(self.embed.weight, std=0.02)
-        nn.init.zeros_(self.embed.weight[PAD].detach())
+        for embed in (self.embed, self.embed_stream):
+            nn.init.normal_(embed.weight, std=0.02)
+            nn.init.zeros_(embed.weight[PAD].detach())
         for head in self.heads:
             nn.init.normal_(head.weight, std=0.02)
 
     def hidden(
-        self, ids: Tensor, mask: Tensor | None = None, kv_cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        kv_cache: KVCache | None = None,
     ) -> Tensor:
-        """ids [B,T,S] -> hidden [B,T,dim]; mask [B,J], True = real, over cached and new places.
+        """ids [B,T,S], positions [B,T] -> hidden [B,T,dim].
 
-        Positions count real places only, so a row's padding on the left changes nothing.
+        mask [B,J], True = real, over cached and new places; None = all are real.
         """
-        x = self.embed(ids).sum(dim=2)  # [B,T,S,dim] -> [B,T,dim]
-        T = ids.shape[1]
-        start = 0 if kv_cache is None else kv_cache.length
-        if mask is None:
-            positions = torch.arange(start, start + T, device=ids.device)[None]
-        else:
-            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -T:]
+        x = self.embed(ids) + self.embed_stream(self.stream_of[ids])  # [B,T,S,dim]
+        x = x.sum(dim=2)  # -> [B,T,dim]
         return self.transformer(x, positions, mask, kv_cache)
 
     def forward(self, batch: Sequences) -> Tensor:
@@ -133,7 +152,7 @@ class Stage(nn.Module):
         Sums rather than means: the caller divides by the tokens of the whole global batch, so that
         padding, micro-batches and processes do not weigh in.
         """
-        hidden = self.hidden(batch.ids).flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
+        hidden = self.hidden(batch.ids, batch.positions).flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
         nats = [
             F.cross_entropy(head(hidden[places]).float(), targets, reduction="sum")
             for head, places, targets in zip(self.heads, batch.places, batch.targets, strict=True)

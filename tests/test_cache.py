@@ -44,13 +44,15 @@ def build(stage: str, device: str, backend: str, dtype: torch.dtype) -> Stage:
     return model.to(device, dtype).eval()
 
 
-def ragged(stage: Stage, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [3,12,S] padded on the left, mask [3,12]."""
+def ragged(stage: Stage, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [3,12,S] padded on the left, positions [3,12], some of them fractions, mask [3,12]."""
     generator = torch.Generator().manual_seed(2)
     shape = (len(LENGTHS), max(LENGTHS), stage.layout.num_slots)
     ids = torch.randint(1, stage.layout.num_ids, shape, generator=generator)
     mask = torch.arange(shape[1]) >= shape[1] - torch.tensor(LENGTHS)[:, None]
-    return ids.masked_fill(~mask[..., None], PAD).to(device), mask.to(device)
+    ids = ids.masked_fill(~mask[..., None], PAD)
+    positions = torch.rand(shape[:2], generator=generator) + torch.arange(shape[1])
+    return ids.to(device), positions.to(device), mask.to(device)
 
 
 def logits(stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
@@ -70,17 +72,19 @@ def test_cached_equals_uncached_logits(name, how, chunks):
     device, backend, dtype = how[0], how[1], DTYPES[how[2]]
     stage, oracle = build(name, device, backend, dtype), build(name, "cpu", "einsum", dtype)
     assert torch.equal(stage.embed.weight.cpu(), oracle.embed.weight)
-    ids, mask = ragged(stage, device)
+    ids, positions, mask = ragged(stage, device)
     takes_masks = not (device == "cuda" and backend == "flash")
     for rows in ([0, 1, 2], [0]) if takes_masks else ([0],):  # row 0 alone needs no mask
         cache, seen, pieces = stage.transformer.make_cache(len(rows), 12), 0, []
-        for piece in ids[rows].split(chunks, dim=1):
+        split = zip(ids[rows].split(chunks, 1), positions[rows].split(chunks, 1), strict=True)
+        for piece, where in split:
             seen += piece.shape[1]
             padding = mask[rows][:, :seen] if len(rows) > 1 else None
-            pieces.append(stage.hidden(piece, padding, cache))
+            pieces.append(stage.hidden(piece, where, padding, cache))
         found = logits(stage, torch.cat(pieces, dim=1))
         for row, ours in zip(rows, found, strict=True):
-            real = ids[row, 12 - LENGTHS[row] :].cpu()[None]
-            expected = logits(oracle, oracle.hidden(real))[0]
+            real = slice(12 - LENGTHS[row], None)
+            alone = [t[row, real].cpu()[None] for t in (ids, positions)]
+            expected = logits(oracle, oracle.hidden(*alone))[0]
             assert expected.std() > 0.5
-            assert_close(ours[12 - LENGTHS[row] :], expected, dtype)
+            assert_close(ours[real], expected, dtype)

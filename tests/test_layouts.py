@@ -91,6 +91,9 @@ def test_no_id_means_two_things():
             seen += layout.target_ids(codes)[k].tolist()
         assert len(seen) == len(set(seen)) == layout.num_ids
         assert set(seen) == set(range(layout.num_ids))
+        streams = layout.streams
+        assert [int(streams[i]) for i in range(NUM_SPECIALS)] == [0, 1, 1]
+        assert streams.bincount().tolist()[2:] == [*layout.condition_sizes, *layout.target_sizes]
         assert layout.eos not in range(layout.target_sizes[0])
         assert layout.head_sizes[0] == layout.eos + 1
         assert layout.head_sizes[1:] == layout.target_sizes[1:]
@@ -125,3 +128,20 @@ def test_collate_pads_and_lists_every_target():
     assert batch.targets[0].tolist() == [1, 5, 3, 4, 5]
     assert batch.targets[1].tolist() == [2, 0, 1]
     assert batch.places[1].tolist() == [1, 5 + 1, 5 + 3]
+
+
+def test_what_sounds_together_stands_at_a_constant_distance():
+    """Positions of a target frame and of its condition, at every time, for every pattern and rate;
+    the target counts on from its start mark."""
+    for pattern, per_frame in (("flatten", 2), ("delay", 1)):
+        for rate, sizes in ((1.0, (7,)), (0.5, (7,)), (2.0, (7,)), (1.0, (5, 5, 5))):
+            layout = Layout(sizes, (5, 5), pattern, rate)
+            num_frames = 12
+            condition = torch.zeros(len(sizes), int(num_frames * rate), dtype=torch.long)
+            ids, _ = layout.encode(condition, torch.zeros(2, num_frames, dtype=int), True, False)
+            positions, first = layout.positions(ids), condition.numel()
+            assert positions[first:].tolist() == list(range(len(ids) - first))
+            frames = torch.arange(0, num_frames, 2)
+            place = (frames * rate).long() * len(sizes)  # of the condition's frame at that time
+            distance = (first + 1 + frames * per_frame) - first - positions[place]
+            torch.testing.assert_close(distance, torch.zeros(len(frames)))
