@@ -6,6 +6,7 @@ from disk, can be mailed, and asks no network for anything. Its frame and style:
 
 import base64
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -36,6 +37,16 @@ class Run:
     train: dict[int, dict] = field(default_factory=dict)
     valid: dict[int, dict] = field(default_factory=dict)
     seconds: float = 0.0  # wall time, summed over the sessions of a resumed run
+
+    @property
+    def last_step(self) -> int:
+        return max(*self.train, *self.valid, 0)
+
+    @property
+    def best(self) -> dict:
+        """The best validation, whose checkpoint scripts.sample takes; {} where there is none."""
+        finite = [event for event in self.valid.values() if math.isfinite(event["loss"])]
+        return min(finite, key=lambda event: event["loss"], default={})
 
 
 @dataclass
@@ -129,9 +140,8 @@ def _given(meta: dict) -> str:
     """The prompt, and what was asked of each stage: "semantic: temperature 0.9 · coarse: ..."."""
     words = ""
     if prompt := meta["prompt"]:
-        words += f"<p class='quote'>“{escape(prompt['text'])}”</p>" if prompt.get("text") else ""
         part = f"first {prompt['seconds']:.1f} s" if meta["mode"] == "continuation" else "tokens"
-        words += f"<p class='small'>Given: the {part} of {escape(prompt['path'])}</p>"
+        words = f"<p class='small'>Given: the {part} of {escape(prompt['path'])}</p>"
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     asked = []
     for stage, knobs in meta["sampling"].items():
@@ -166,34 +176,36 @@ def render_clip(clip: Clip, wav: Tensor, longest: float, mode: str) -> str:
 
 
 def render_curves(run: Run) -> str:
-    """A figure: the stage, where its validation loss ended, its loss curves with baselines."""
+    """A figure: the stage, its best validation loss, its loss curves with baselines."""
     curves = {
         kind: [(step, event["loss"]) for step, event in sorted(getattr(run, kind).items())]
         for kind in ("train", "valid")
     }
     levels = {name: statistics.fmean(run.start[name]["nats"]) for name in ("uniform", "unigram")}
-    end = f"validation ends at {curves['valid'][-1][1]:.2f}" if run.valid else "not validated yet"
-    label = f"Loss of the {run.start['stage']} stage in nats per token, {max(run.train):,} steps: "
-    label += f"{end}; unigram baseline {levels['unigram']:.2f}, uniform {levels['uniform']:.2f}"
+    best = "not validated yet"
+    if run.best:
+        best = f"best {run.best['loss']:.2f} at step {run.best['step']:,} of {run.last_step:,}"
+    label = f"Loss of the {run.start['stage']} stage in nats per token: {best}; "
+    label += f"unigram baseline {levels['unigram']:.2f}, uniform {levels['uniform']:.2f}"
     return f"""
-<figure><figcaption><b>{escape(run.start["stage"])}</b><span>{end}</span></figcaption>
+<figure><figcaption><b>{escape(run.start["stage"])}</b><span>{best}</span></figcaption>
 {loss_svg(curves, levels, label)}</figure>"""
 
 
 def render_numbers(runs: list[Run]) -> str:
-    """Final numbers, a stage a column; a row that no run can fill is left out."""
+    """Numbers at the best validation, a stage a column; a row that no run can fill is left out."""
 
     def median(run: Run, key: str) -> float | None:
         values = [event[key] for event in run.train.values() if event.get(key) is not None]
         return statistics.median(values) if values else None
 
-    finals = [run.valid[max(run.valid)] if run.valid else {} for run in runs]
     rows = {
-        "Validation loss, nats per token": (".3f", [final.get("loss") for final in finals]),
-        "Bits per second of audio": (",.0f", [final.get("bits_per_second") for final in finals]),
+        "Best validation loss, nats per token": (".3f", [run.best.get("loss") for run in runs]),
+        "… at step": (",", [run.best.get("step") for run in runs]),
+        "Bits per second of audio": (",.0f", [run.best.get("bits_per_second") for run in runs]),
         "… unigram baseline": (",.0f", [run.start["unigram"]["bits_per_second"] for run in runs]),
         "… uniform baseline": (",.0f", [run.start["uniform"]["bits_per_second"] for run in runs]),
-        "Steps": (",", [max(run.train) for run in runs]),
+        "Steps": (",", [run.last_step for run in runs]),
         "Parameters, millions": (".2f", [run.start["num_parameters"] / 1e6 for run in runs]),
         "Tokens per second": (",.0f", [median(run, "tokens_per_second") for run in runs]),
         "Model FLOPs utilisation": (".1%", [median(run, "mfu") for run in runs]),
@@ -210,8 +222,8 @@ def render_numbers(runs: list[Run]) -> str:
 
 
 def render_codebooks(run: Run) -> str:
-    """Table rows: nats per token of each codebook, a bar of its uniform loss, unigram a tick."""
-    nats = run.valid[max(run.valid)]["per_codebook"] if run.valid else []
+    """Table rows: best nats per token by codebook, a bar of its uniform loss, unigram a tick."""
+    nats = run.best.get("per_codebook", [])
     levels = run.start["unigram"]["nats"], run.start["uniform"]["nats"]
     rows, stage = "", run.start["stage"]
     for name, loss, unigram, uniform in zip(run.start["codebooks"], nats, *levels, strict=False):
