@@ -1,7 +1,6 @@
 """Measure what has been trained. One subcommand per thing measured; `codec` reconstructs clips."""
 
 import argparse
-import json
 import math
 import time
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_write
+from configs.files import write_json
 from data.audio import load_audio
 from data.segments import find_split, spread
 from model.codec import Codec, load_codec
@@ -79,8 +78,7 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
     report = codec_report(codec, clips, used) | {"split": parsed.split, "skipped": skipped}
     print_codec_report(report)
     if parsed.out:
-        with atomic_write(parsed.out) as file:
-            json.dump(report, file, indent=1)
+        write_json(parsed.out, report)
 
 
 def codec_report(codec: Codec, clips: dict[int, list[dict]], used: Tensor) -> dict:

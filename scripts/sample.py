@@ -3,7 +3,6 @@
 semantic -> coarse -> fine -> codec.decode -> wav       (or semantic -> acoustic -> ...)
 """
 
-import json
 import math
 import shlex
 import sys
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_write
+from configs.files import write_json
 from data.audio import load_audio, save_audio
 from data.dataset import mix
 from model.checkpoint import check_same_tokens, load_stage
@@ -261,8 +260,7 @@ def write_clips(
         record |= {"original": original.name, "reconstruction": reconstruction.name}
         used = prompt.codes.shape[1] / codec.frame_rate
         record["prompt"] = {"path": source, "seconds": used}
-    with atomic_write(out.with_suffix(".json")) as file:
-        json.dump(record, file, indent=1)
+    write_json(out.with_suffix(".json"), record)
     return files
 
 
