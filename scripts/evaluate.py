@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from tqdm import tqdm
 
 from configs.files import write_json
@@ -83,8 +84,7 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
 
 def codec_report(codec: Codec, clips: dict[int, list[dict]], used: Tensor) -> dict:
     """Means per number of codebooks; used [K, codebook_size] counts codes."""
-    share = used / used.sum(dim=1, keepdim=True)  # [K, codebook_size]
-    bits = -(share * share.clamp(min=1e-12).log2()).sum(dim=1)  # [K], entropy of each codebook
+    bits = Categorical(used.double()).entropy() / math.log(2)  # [K]
     rows = []
     for count, entries in clips.items():
         duration = sum(clip["duration"] for clip in entries)
