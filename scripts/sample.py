@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,27 +140,27 @@ def check_prompt(path: str, prompt: Prompt, models: Models) -> None:
 
 def run_stage(
     models: Models,
+    seeds: list[int],
+    samplings: dict[str, Sampling],
     name: str,
     condition_of: Callable[[int, int, int], Tensor | None],
-    prompts: list[Tensor],
+    prompt: Tensor,
     max_frames: list[int],
-    seeds: list[int],
-    sampling: Sampling,
     slack: int | None = None,
 ) -> list[Tensor]:
     """One stage for all clips, in windows of the length it was trained on. EOS ends a clip; with
     `slack` only within that many frames of `max_frames`."""
     rate = models.codec.frame_rate * (models.semantic_rate if name == "semantic" else 1)
     window = max(2, round(models.context_seconds(name) * rate))
-    new = sum(n - p.shape[1] for n, p in zip(max_frames, prompts, strict=True)) / rate
+    new = sum(n - prompt.shape[1] for n in max_frames) / rate  # seconds
     with tqdm(total=round(new, 1), desc=name, bar_format=BAR, disable=None) as bar:
         return generate_windows(
             models.stages[name],
             condition_of,
-            prompts,
+            [prompt] * len(seeds),
             max_frames,
             [mix(seed, STAGES.index(name)) >> 1 for seed in seeds],
-            sampling,
+            samplings[name],
             window,
             int(OVERLAP * window),
             None if slack is None else [max(1, n - slack) for n in max_frames],
@@ -195,20 +196,13 @@ def generate_codes(
     if collapsed:
         semantic = torch.unique_consecutive(semantic)
     limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
+    run = partial(run_stage, models, seeds, samplings)
     if resynthesize:
         semantics, limit = [semantic] * N, codes.shape[1]
         codes = codes[:, :0]
     else:
         most = semantic.shape[0] + math.ceil(seconds * frame_rate * ratio)
-        made = run_stage(
-            models,
-            "semantic",
-            lambda *_: None,
-            [semantic[None]] * N,
-            [most] * N,
-            seeds,
-            samplings["semantic"],
-        )
+        made = run("semantic", lambda *_: None, semantic[None], [most] * N)
         semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
 
     check_collapsed(models, limit / frame_rate)
@@ -224,18 +218,16 @@ def generate_codes(
             return tokens[None] if collapsed else tokens[None, int(a * ratio) :]
         return tokens[None, int(a * ratio) : math.ceil(b * ratio)]
 
-    def stage(name: str, condition_of: Callable, limits: list[int]) -> list[Tensor]:
-        first, last = models.stages[name].spec.codebooks
-        prompts = [codes[first:last]] * N
-        slack = None if collapsed else SLACK
-        if name == "fine":  # as long as the coarse codes it completes
-            slack = 0
-        return run_stage(models, name, condition_of, prompts, limits, seeds, samplings[name], slack)
+    def given(name: str) -> Tensor:
+        """The prompt's codes of a stage's codebooks."""
+        return codes[slice(*models.stages[name].spec.codebooks)]
 
+    slack = None if collapsed else SLACK
     if "acoustic" in models.stages:
-        return stage("acoustic", semantic_of, limits)
-    coarse = stage("coarse", semantic_of, limits)
-    fine = stage("fine", lambda row, a, b: coarse[row][:, a:b], [c.shape[1] for c in coarse])
+        return run("acoustic", semantic_of, given("acoustic"), limits, slack)
+    coarse = run("coarse", semantic_of, given("coarse"), limits, slack)
+    lengths = [c.shape[1] for c in coarse]  # fine completes these frames: no more, no fewer
+    fine = run("fine", lambda row, a, b: coarse[row][:, a:b], given("fine"), lengths, slack=0)
     return [torch.cat([c[:, : f.shape[1]], f]) for c, f in zip(coarse, fine, strict=True)]
 
 
