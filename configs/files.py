@@ -1,5 +1,6 @@
 """Writing files so that a crash never leaves half of one under its final name."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def fsync_folder(folder: str | Path) -> None:

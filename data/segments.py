@@ -5,7 +5,6 @@ uninterrupted one would have seen, and no loader state needs saving.
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from data.audio import Recording, find_recordings, load_audio
 
@@ -79,14 +78,13 @@ def decode_recordings(recordings: list[Recording], sample_rate: int) -> Recordin
         return (wav.clamp(-1, 1) * FULL_SCALE).round().to(torch.int16)
 
     names, kept, skipped = [], [], []
-    with ThreadPoolExecutor() as pool:
-        results = tqdm(pool.map(decode, recordings), "decoding", len(recordings), disable=None)
-        for recording, result in zip(recordings, results, strict=True):
-            if isinstance(result, str):
-                skipped.append((recording.name, result))
-            else:
-                names.append(recording.name)
-                kept.append(result)
+    results = thread_map(decode, recordings, desc="decoding", disable=None)
+    for recording, result in zip(recordings, results, strict=True):
+        if isinstance(result, str):
+            skipped.append((recording.name, result))
+        else:
+            names.append(recording.name)
+            kept.append(result)
     for name, reason in skipped[:5]:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if not kept:

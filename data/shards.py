@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.files import atomic_write
+from configs.files import atomic_write, write_json
 
 VERSION = 1
 HEADER_FILE = "header.json"
@@ -103,8 +103,7 @@ def write_header(
         )
     header = {"version": VERSION, "codec": codec, "semantic": semantic, "shards": shards}
     header["totals"] = _totals(clips, num_skipped=len(skipped))
-    with atomic_write(folder / HEADER_FILE) as file:
-        file.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / HEADER_FILE, header)
     for index in range(num_shards):  # gathered above
         _skip_list(folder, index).unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.files import atomic_write, fsync_folder
+from configs.files import fsync_folder, write_json
 from configs.schema import ModelConfig
 from model.attend import resolve
 from model.optim import EMA, load_optimizer_tensors, optimizer_tensors
@@ -49,8 +49,7 @@ def save_checkpoint(
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
-        with atomic_write(temporary / STATE) as file:
-            json.dump({**state, "step": step, "files": sizes}, file, indent=1)
+        write_json(temporary / STATE, {**state, "step": step, "files": sizes})
         if final.exists():  # the same step saved twice: the newer one is as whole as the older
             shutil.rmtree(final)
         os.replace(temporary, final)

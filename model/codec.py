@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.codec_schema import CodecConfig
-from configs.files import atomic_write
+from configs.files import atomic_write, write_json
 from configs.load import load_config
 
 # encodec uses torch's older weight_norm, and its weight files have the names of that
@@ -149,8 +149,7 @@ class Codec(nn.Module):
             raise ValueError(f"{folder}: not saved, some weights are not finite in fp16")
         with atomic_write(Path(folder) / WEIGHTS_FILE, "wb") as file:
             file.write(safetensors.torch.save(state))
-        with atomic_write(Path(folder) / CONFIG_FILE) as file:
-            json.dump(asdict(CodecFile(FORMAT_VERSION, self.config)), file, indent=2)
+        write_json(Path(folder) / CONFIG_FILE, asdict(CodecFile(FORMAT_VERSION, self.config)))
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torchaudio
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from configs.files import atomic_write
+from configs.files import atomic_write, write_json
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "semantic.safetensors"
@@ -118,8 +118,7 @@ class SemanticTokenizer(nn.Module):
             config["weights"] = Path(os.path.relpath(config["weights"], folder)).as_posix()
         with atomic_write(folder / TENSOR_FILE, "wb") as file:
             file.write(safetensors.torch.save(self._tensors()))
-        with atomic_write(folder / CONFIG_FILE) as file:
-            file.write(json.dumps(config, indent=2) + "\n")
+        write_json(folder / CONFIG_FILE, config)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"centroids": self.centroids, "mean": self.mean, "std": self.std}

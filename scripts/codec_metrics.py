@@ -1,9 +1,8 @@
 """Figures for one reconstructed clip: STOI, SI-SDR, mel distance."""
 
-import sys
 import warnings
-from functools import cache
 
+import pystoi
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,20 +10,11 @@ from torch.nn import functional as F
 from scripts.codec_losses import MEL_SCALES, MelDistance
 
 
-@cache
-def _say_missing() -> None:
-    print("no STOI: pystoi is not installed; pip install pystoi", file=sys.stderr)
-
-
 def stoi(estimate: Tensor, target: Tensor, sample_rate: int) -> float | None:
     """Short-time objective intelligibility (Taal et al. 2011) of wav [1, L], up to 1.
 
-    None where it is not defined (less than about 0.4 s of speech), and without pystoi, said once.
+    None where it is not defined: less than about 0.4 s of speech.
     """
-    try:
-        import pystoi
-    except ImportError:
-        return _say_missing()
     clean, degraded = (wav[0].double().cpu().numpy() for wav in (target, estimate))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)

@@ -1,15 +1,15 @@
 """Measure what has been trained. One subcommand per thing measured; `codec` reconstructs clips."""
 
 import argparse
-import json
 import math
 import time
 
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from tqdm import tqdm
 
-from configs.files import atomic_write
+from configs.files import write_json
 from data.audio import load_audio
 from data.segments import find_split, spread
 from model.codec import Codec, load_codec
@@ -79,14 +79,12 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
     report = codec_report(codec, clips, used) | {"split": parsed.split, "skipped": skipped}
     print_codec_report(report)
     if parsed.out:
-        with atomic_write(parsed.out) as file:
-            json.dump(report, file, indent=1)
+        write_json(parsed.out, report)
 
 
 def codec_report(codec: Codec, clips: dict[int, list[dict]], used: Tensor) -> dict:
     """Means per number of codebooks; used [K, codebook_size] counts codes."""
-    share = used / used.sum(dim=1, keepdim=True)  # [K, codebook_size]
-    bits = -(share * share.clamp(min=1e-12).log2()).sum(dim=1)  # [K], entropy of each codebook
+    bits = Categorical(used.double()).entropy() / math.log(2)  # [K]
     rows = []
     for count, entries in clips.items():
         duration = sum(clip["duration"] for clip in entries)

@@ -6,8 +6,9 @@ import zlib
 from html import escape
 
 import torch
-import torchaudio.functional
+import torchaudio
 from torch import Tensor
+from torch.nn import functional as F
 
 LEFT, RIGHT, TOP, BOTTOM = 26, 350, 8, 198  # of the plot inside a 360 x 220 drawing
 
@@ -17,13 +18,11 @@ def spectrogram_png(
 ) -> bytes:
     """wav [1, L] -> greyscale PNG, `num_mels` high: dark = loud, 70 dB deep, mel scale."""
     n_fft = 2 * (sample_rate // 60)  # 33 ms
-    wav = torch.nn.functional.pad(wav[0], (0, max(0, n_fft - wav.shape[-1])))
-    window, hop = torch.hann_window(n_fft), sample_rate // frame_rate
-    power = torch.stft(wav, n_fft, hop, window=window, return_complex=True).abs().square()
-    bank = torchaudio.functional.melscale_fbanks(
-        len(power), 0.0, sample_rate / 2, num_mels, sample_rate
+    wav = F.pad(wav[0], (0, max(0, n_fft - wav.shape[-1])))
+    mel = torchaudio.transforms.MelSpectrogram(
+        sample_rate, n_fft, hop_length=sample_rate // frame_rate, n_mels=num_mels
     )
-    decibels = 10 * torch.log10(bank.T @ power + 1e-10)  # [mels, bins] @ [bins, T] -> [mels, T]
+    decibels = 10 * torch.log10(mel(wav) + 1e-10)  # [num_mels, T]
     loudness = ((decibels - decibels.max()) / 70 + 1).clamp(0, 1)
     return grey_png((255 * (1 - loudness)).round().to(torch.uint8).flip(0))  # low pitch below
 
@@ -31,7 +30,7 @@ def spectrogram_png(
 def grey_png(pixels: Tensor) -> bytes:
     """pixels uint8 [H, W], 0 = black, first row on top -> an 8-bit greyscale PNG (RFC 2083)."""
     height, width = pixels.shape
-    rows = b"".join(b"\0" + bytes(row.tolist()) for row in pixels)  # \0: row without a filter
+    rows = F.pad(pixels, (1, 0)).numpy().tobytes()  # a 0 before each row: no filter
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n"
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows, 9), b"IEND"):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Categorical
 from tqdm import tqdm
 
 from data.audio import Recording, find_recordings, load_audio
@@ -57,8 +58,9 @@ def collect_features(
 
 def kmeans(
     features: Tensor, num_tokens: int, seed: int = 0, num_iterations: int = 50, tolerance=1e-4
-) -> tuple[Tensor, float]:
-    """features [N, F] -> centroids [num_tokens, F] and inertia (mean squared distance to them).
+) -> tuple[Tensor, float, Tensor]:
+    """features [N, F] -> centroids [num_tokens, F], inertia (mean squared distance to them) and
+    counts [num_tokens] of frames.
 
     k-means++ (Arthur & Vassilvitskii 2007), then Lloyd's iterations over all frames until inertia
     falls by less than `tolerance` of itself. A centroid without frames stays where it is. The same
@@ -78,7 +80,8 @@ def kmeans(
         previous = inertia
         means = (sums / counts.clamp(min=1)[:, None]).to(features.dtype)
         centroids = torch.where(counts[:, None] > 0, means, centroids)
-    return centroids, _assign(features, centroids)[2].double().mean().item()
+    _, counts, distances = _assign(features, centroids)
+    return centroids, distances.double().mean().item(), counts
 
 
 def _seed_centroids(features: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
@@ -117,15 +120,18 @@ def _assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor
     return sums, counts, torch.cat(distances)
 
 
-def fit(tokenizer: SemanticTokenizer, features: Tensor, num_tokens: int, seed: int) -> float:
-    """Give `tokenizer` its codebook, fitted on raw features [N, F]; returns the inertia."""
+def fit(
+    tokenizer: SemanticTokenizer, features: Tensor, num_tokens: int, seed: int
+) -> tuple[float, float]:
+    """Give `tokenizer` its codebook, fitted on raw features [N, F]; returns the inertia and the
+    perplexity of the tokens' histogram."""
     mean, std = features.double().mean(0), features.double().std(0).clamp(min=1e-5)
     if isinstance(tokenizer, HubertKMeans):  # the literature clusters raw features: so do we
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     normalised = ((features - mean) / std).float().to(tokenizer.mean.device)
-    centroids, inertia = kmeans(normalised, num_tokens, seed)
+    centroids, inertia, counts = kmeans(normalised, num_tokens, seed)
     tokenizer.set_codebook(mean, std, centroids)
-    return inertia
+    return inertia, Categorical(counts.double()).perplexity().item()
 
 
 def main() -> None:
@@ -162,12 +168,8 @@ def main() -> None:
         )
     tokenizer = tokenizer.to(args.device).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
-    inertia = fit(tokenizer, features, args.num_tokens, args.seed)
+    inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)
     tokenizer.save(out)
-    normalised = (features.to(args.device) - tokenizer.mean) / tokenizer.std
-    tokens = torch.cat([nearest_centroid(x, tokenizer.centroids) for x in normalised.split(CHUNK)])
-    share = torch.bincount(tokens) / len(tokens)
-    perplexity = torch.exp(-(share * share.clamp(min=1e-12).log()).sum())
     print(
         f"{len(features)} frames of {features.shape[1]} features: inertia {inertia:.2f}, "
         f"perplexity of the tokens' histogram {perplexity:.1f} of {args.num_tokens}"

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from configs.files import atomic_write
+from configs.files import write_json
 from data.audio import Recording, audio_seconds, find_recordings, read_audio, resample
 from data.shards import (
     HEADER_FILE,
@@ -183,8 +183,7 @@ def open_folder(out: Path, settings: dict) -> None:
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: holds other files; choose another --out")
     else:
-        with atomic_write(path) as file:
-            file.write(json.dumps(settings, indent=1) + "\n")
+        write_json(path, settings)
 
 
 def look(recordings: list[Recording], options: Options, show: bool) -> dict[str, str]:

@@ -6,12 +6,14 @@ from disk, can be mailed, and asks no network for anything. Its frame and style:
 
 import base64
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
-from html import escape
+from functools import cached_property
 from pathlib import Path
 
+from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from configs.files import atomic_write
@@ -37,6 +39,27 @@ class Run:
     valid: dict[int, dict] = field(default_factory=dict)
     seconds: float = 0.0  # wall time, summed over the sessions of a resumed run
 
+    @property
+    def config(self) -> str:
+        file = self.folder / "config.yaml"
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else "no config.yaml"
+
+    @property
+    def last_step(self) -> int:
+        return max(*self.train, *self.valid, 0)
+
+    @property
+    def best(self) -> dict:
+        """The best validation, whose checkpoint scripts.sample takes; {} where there is none."""
+        finite = [event for event in self.valid.values() if math.isfinite(event["loss"])]
+        return min(finite, key=lambda event: event["loss"], default={})
+
+    @property
+    def result(self) -> str:
+        if not self.best:
+            return "not validated yet"
+        return f"best {self.best['loss']:.2f} at step {self.best['step']:,} of {self.last_step:,}"
+
 
 @dataclass
 class Clip:
@@ -46,6 +69,22 @@ class Clip:
     title: str
     note: str
     prompt: float = 0.0
+
+    @cached_property
+    def wav(self) -> Tensor:  # [1, L] at SAMPLE_RATE
+        return load_audio(self.path, SAMPLE_RATE)
+
+    @property
+    def seconds(self) -> float:
+        return self.wav.shape[1] / SAMPLE_RATE
+
+    @property
+    def picture(self) -> str:
+        return base64.b64encode(spectrogram_png(self.wav, SAMPLE_RATE)).decode()
+
+    @property
+    def sound(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
 
 
 def read_run(folder: str | Path) -> Run:
@@ -108,157 +147,93 @@ def _clips(meta: dict, folder: Path) -> list[Clip]:
     return clips
 
 
-# ---- listening -----------------------------------------------------------------------------------
-
-
-def render_samples(samples: list[tuple[dict, list[Clip]]]) -> str:
-    """One section a description, one figure a clip, all spectrograms on one time scale."""
-    wavs = {clip.path: load_audio(clip.path, SAMPLE_RATE) for _, clips in samples for clip in clips}
-    longest = max(wav.shape[-1] for wav in wavs.values()) / SAMPLE_RATE
-    page = ""
-    for meta, clips in samples:
-        mode = MODES[meta["mode"]]
-        page += f"<section class='set'><h3>{mode}</h3>{_given(meta)}"
-        page += "".join(render_clip(clip, wavs[clip.path], longest, mode) for clip in clips)
-        command = f"<pre>{escape(meta['command'])}</pre>"
-        page += f"<details><summary>Repeat this</summary>{command}</details></section>"
-    return page
-
-
-def _given(meta: dict) -> str:
-    """The prompt, and what was asked of each stage: "semantic: temperature 0.9 · coarse: ..."."""
-    words = ""
-    if prompt := meta["prompt"]:
-        words += f"<p class='quote'>“{escape(prompt['text'])}”</p>" if prompt.get("text") else ""
-        part = f"first {prompt['seconds']:.1f} s" if meta["mode"] == "continuation" else "tokens"
-        words += f"<p class='small'>Given: the {part} of {escape(prompt['path'])}</p>"
+def settings(sampling: dict[str, dict]) -> str:
+    """What was asked of each stage: "semantic: temperature 0.9 · coarse: ..."."""
     neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     asked = []
-    for stage, knobs in meta["sampling"].items():
+    for stage, knobs in sampling.items():
         turned = [f"{k.replace('_', '-')} {v}" for k, v in knobs.items() if v != neutral.get(k)]
         asked.append(f"{stage}: {', '.join(turned)}")
-    return f"{words}<p class='small'>{escape(' · '.join(asked))}</p>"
+    return " · ".join(asked)
 
 
-def render_clip(clip: Clip, wav: Tensor, longest: float, mode: str) -> str:
-    """A figure: caption, spectrogram as wide as its share of `longest` seconds, player."""
-    seconds = wav.shape[-1] / SAMPLE_RATE
-    label, marked = f"{mode}, {clip.title.lower()}, {seconds:.1f} seconds", ""
-    if clip.prompt:
-        share = 100 * min(1.0, clip.prompt / seconds)
-        marked = f"<span class='prompt' style='width:{share:.2f}%'><i>prompt</i></span>"
-        label += f", of which the first {clip.prompt:.1f} are the prompt"
-    picture = base64.b64encode(spectrogram_png(wav, SAMPLE_RATE)).decode()
-    sound = base64.b64encode(clip.path.read_bytes()).decode()
-    picture, sound = f"data:image/png;base64,{picture}", f"data:audio/wav;base64,{sound}"
-    return f"""
-<figure class='clip'>
-<figcaption><b>{clip.title}</b><span>{escape(clip.note)}</span><span>{seconds:.1f} s</span>
-</figcaption>
-<div class='sound'>
-<div class='spectrogram' style='width:{100 * seconds / longest:.2f}%;--second:{100 / seconds:.3f}%'>
-<img alt='Spectrogram: {escape(label)}' src='{picture}'>{marked}<span class='head'></span></div>
-<audio controls preload='metadata' aria-label='{escape(label)}' src='{sound}'></audio>
-</div></figure>"""
-
-
-# ---- learning ------------------------------------------------------------------------------------
-
-
-def render_curves(run: Run) -> str:
-    """A figure: the stage, where its validation loss ended, its loss curves with baselines."""
-    curves = {
+def curves(run: Run) -> str:
+    """The loss curves of a run with its baselines, as SVG."""
+    lines = {
         kind: [(step, event["loss"]) for step, event in sorted(getattr(run, kind).items())]
         for kind in ("train", "valid")
     }
     levels = {name: statistics.fmean(run.start[name]["nats"]) for name in ("uniform", "unigram")}
-    end = f"validation ends at {curves['valid'][-1][1]:.2f}" if run.valid else "not validated yet"
-    label = f"Loss of the {run.start['stage']} stage in nats per token, {max(run.train):,} steps: "
-    label += f"{end}; unigram baseline {levels['unigram']:.2f}, uniform {levels['uniform']:.2f}"
-    return f"""
-<figure><figcaption><b>{escape(run.start["stage"])}</b><span>{end}</span></figcaption>
-{loss_svg(curves, levels, label)}</figure>"""
+    label = f"Loss of the {run.start['stage']} stage in nats per token: {run.result}; "
+    label += f"unigram baseline {levels['unigram']:.2f}, uniform {levels['uniform']:.2f}"
+    return loss_svg(lines, levels, label)
 
 
-def render_numbers(runs: list[Run]) -> str:
-    """Final numbers, a stage a column; a row that no run can fill is left out."""
+def numbers(runs: list[Run]) -> dict[str, list[str]]:
+    """Row name -> a cell for each run; a row that no run can fill is left out."""
 
     def median(run: Run, key: str) -> float | None:
         values = [event[key] for event in run.train.values() if event.get(key) is not None]
         return statistics.median(values) if values else None
 
-    finals = [run.valid[max(run.valid)] if run.valid else {} for run in runs]
     rows = {
-        "Validation loss, nats per token": (".3f", [final.get("loss") for final in finals]),
-        "Bits per second of audio": (",.0f", [final.get("bits_per_second") for final in finals]),
+        "Best validation loss, nats per token": (".3f", [run.best.get("loss") for run in runs]),
+        "… at step": (",", [run.best.get("step") for run in runs]),
+        "Bits per second of audio": (",.0f", [run.best.get("bits_per_second") for run in runs]),
         "… unigram baseline": (",.0f", [run.start["unigram"]["bits_per_second"] for run in runs]),
         "… uniform baseline": (",.0f", [run.start["uniform"]["bits_per_second"] for run in runs]),
-        "Steps": (",", [max(run.train) for run in runs]),
+        "Steps": (",", [run.last_step for run in runs]),
         "Parameters, millions": (".2f", [run.start["num_parameters"] / 1e6 for run in runs]),
         "Tokens per second": (",.0f", [median(run, "tokens_per_second") for run in runs]),
         "Model FLOPs utilisation": (".1%", [median(run, "mfu") for run in runs]),
         "Peak memory, GiB": (".1f", [median(run, "peak_memory_gib") for run in runs]),
         "Wall time, minutes": (".1f", [run.seconds / 60 for run in runs]),
     }
-    body = ""
-    for name, (spec, values) in rows.items():
-        if any(value is not None for value in values):
-            cells = ("-" if value is None else format(value, spec) for value in values)
-            body += f"<tr><th scope='row'>{name}</th><td>{'</td><td>'.join(cells)}</td></tr>"
-    head = "".join(f"<th scope='col'>{escape(run.start['stage'])}</th>" for run in runs)
-    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return {
+        name: ["-" if value is None else format(value, spec) for value in values]
+        for name, (spec, values) in rows.items()
+        if any(value is not None for value in values)
+    }
 
 
-def render_codebooks(run: Run) -> str:
-    """Table rows: nats per token of each codebook, a bar of its uniform loss, unigram a tick."""
-    nats = run.valid[max(run.valid)]["per_codebook"] if run.valid else []
+def codebooks(run: Run) -> list[tuple[str, float, float, float]]:
+    """Name, best validation loss, unigram and uniform baseline of each codebook."""
+    stage, nats = run.start["stage"], run.best.get("per_codebook", [])
+    names = [name if name == stage else f"{stage} {name}" for name in run.start["codebooks"]]
     levels = run.start["unigram"]["nats"], run.start["uniform"]["nats"]
-    rows, stage = "", run.start["stage"]
-    for name, loss, unigram, uniform in zip(run.start["codebooks"], nats, *levels, strict=False):
-        label = escape(name if name == stage else f"{stage} {name}")
-        fill, tick = min(100, 100 * loss / uniform), 100 * unigram / uniform
-        rows += f"""
-<tr><th scope='row'>{label}</th><td class='wide'><span class='bar' aria-hidden='true'>
-<i style='width:{fill:.1f}%'></i><b style='left:{tick:.1f}%'></b></span></td>
-<td>{loss:.2f}</td><td>{unigram:.2f}</td><td>{uniform:.2f}</td></tr>"""
-    return rows
+    return list(zip(names, nats, *levels, strict=False))
 
 
-# ---- page ----------------------------------------------------------------------------------------
-
-
-def render_run(run: Run) -> str:
-    """A run's environment and resolved configuration, collapsed."""
+def facts(run: Run) -> dict[str, str]:
+    """Where and when a run ran."""
     start = run.start
-    facts = {
-        "Folder": run.folder,
-        "Started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start["time"])),
+    versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+    return {
+        "Folder": str(run.folder),
+        "Started": utc(start["time"]),
         "Device": start["device"],
         "Attention": start["attention"],
-        "Versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+        "Versions": versions,
         "Git commit": start["commit"],
     }
-    listed = "".join(f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v)
-    file = run.folder / "config.yaml"
-    config = file.read_text(encoding="utf-8").strip() if file.is_file() else "no config.yaml"
-    details = f"<summary>{escape(start['stage'])}</summary><dl>{listed}</dl>"
-    return f"<details>{details}<pre>{escape(config)}</pre></details>"
+
+
+def utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
 def render_page(runs: list[Run], samples: list[tuple[dict, list[Clip]]]) -> str:
-    """The whole page; without samples it has no listening part."""
-    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    parts = {
-        "listening": render_samples(samples) if samples else "<p>No samples given.</p>",
-        "curves": "".join(render_curves(run) for run in runs),
-        "numbers": render_numbers(runs),
-        "codebooks": "".join(render_codebooks(run) for run in runs),
-        "runs": "".join(render_run(run) for run in runs),
-        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }
-    for name, part in parts.items():
-        page = page.replace(f"<!-- {name} -->", part)
-    return page
+    """report.html filled in; without samples it has no listening part."""
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        runs=runs,
+        samples=samples,
+        longest=max((clip.seconds for _, clips in samples for clip in clips), default=0.0),
+        written=utc(time.time()),
+        **{helper.__name__: helper for helper in (settings, curves, numbers, codebooks, facts)},
+        modes=MODES,
+    )
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 import json
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -92,12 +91,13 @@ class RunLog:
         self, config: RunConfig | CodecTrainConfig, accelerator: Accelerator, first_step: int
     ):
         self.accelerator, self.path = accelerator, Path(config.out) / "log.jsonl"
-        self.bar = None
-        if accelerator.is_main_process and sys.stderr.isatty():
-            total = config.train.steps
-            self.bar = tqdm(
-                total=total, initial=first_step, desc=self.path.parent.name, unit="step"
-            )
+        self.bar = tqdm(
+            total=config.train.steps,
+            initial=first_step,
+            desc=self.path.parent.name,
+            unit="step",
+            disable=None if accelerator.is_main_process else True,  # None: where no one watches
+        )
         if config.wandb.mode != "off":
             options = {"wandb": {"mode": config.wandb.mode, "dir": config.out}}
             accelerator.init_trackers(config.wandb.project, asdict(config), options)
@@ -114,8 +114,7 @@ class RunLog:
             self.accelerator.log(numbers, step=values["step"])
 
     def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def say(self, text: str) -> None:
         """A line in the terminal, above the progress line."""
@@ -123,8 +122,7 @@ class RunLog:
             tqdm.write(text)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self.accelerator.end_training()
 
 

@@ -3,20 +3,20 @@
 semantic -> coarse -> fine -> codec.decode -> wav       (or semantic -> acoustic -> ...)
 """
 
-import json
 import math
 import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import atomic_write
+from configs.files import write_json
 from data.audio import load_audio, save_audio
 from data.dataset import mix
 from model.checkpoint import check_same_tokens, load_stage
@@ -28,13 +28,16 @@ from scripts.cli import run_cli
 from scripts.run_log import environment
 from scripts.sample_options import (
     check_request,
+    clip_files,
     find_device,
+    prompt_files,
     read_samplings,
     sample_parser,
 )
 
 SLACK = 2  # frames: where tokens are aligned in time, a clip ends where its semantic tokens do
 OVERLAP = 0.25  # of a window, repeated from the one before, where a clip outgrows the context
+BAR = "{desc:>8} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of audio [{elapsed}<{remaining}]"
 
 
 @dataclass
@@ -45,6 +48,7 @@ class Models:
     states: dict[str, dict]
     codec: Codec
     semantic: SemanticTokenizer | None  # only where a recording has to be encoded
+    device: torch.device
 
     @property
     def any_state(self) -> dict:
@@ -61,11 +65,10 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A recording as tokens: semantic [T_s], codes [K,T]; `wav` [1,L] at the codec's rate."""
+    """A recording as tokens: semantic [T_s], codes [K,T]."""
 
     semantic: Tensor
     codes: Tensor
-    wav: Tensor
 
 
 def required_stages(arguments: Namespace) -> list[str]:
@@ -106,7 +109,7 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
                 f"these runs, {expected[kind]['name']} ({expected[kind]['fingerprint']}); "
                 f"pass it with {'--codec' if kind == 'codec' else '--semantic-tokenizer'}"
             )
-    return Models(stages, states, codec, semantic)
+    return Models(stages, states, codec, semantic, device)
 
 
 def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
@@ -120,9 +123,8 @@ def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
     wav = wav[:, : num_frames * codec.hop_length]  # a padded last frame would teach silence
     other = load_audio(path, semantic.sample_rate)
     other = other[:, : round(wav.shape[1] / codec.sample_rate * semantic.sample_rate)]
-    device = next(iter(models.stages.values())).embed.weight.device
-    codes = codec.encode(wav[None].to(device))[0].cpu()  # [1,1,L] -> [K,T]
-    return Prompt(semantic.encode(other[None].to(device))[0].cpu(), codes, wav)
+    codes = codec.encode(wav[None].to(models.device))[0].cpu()  # [1,1,L] -> [K,T]
+    return Prompt(semantic.encode(other[None].to(models.device))[0].cpu(), codes)
 
 
 def check_prompt(path: str, prompt: Prompt, models: Models) -> None:
@@ -136,60 +138,34 @@ def check_prompt(path: str, prompt: Prompt, models: Models) -> None:
         )
 
 
-class Progress:
-    """A bar per stage, in seconds of audio."""
-
-    def __init__(self, name: str, seconds: float, rate: float, num_clips: int):
-        self.rate, self.total = rate, seconds * num_clips
-        self.bar = tqdm(
-            total=round(self.total, 1),
-            desc=name,
-            unit="s",
-            bar_format="{desc:>8} {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} s of audio "
-            "[{elapsed}<{remaining}]",
-            disable=not sys.stderr.isatty(),
-        )
-
-    def __call__(self, num_clips: int) -> None:
-        self.bar.update(min(num_clips / self.rate, self.total - self.bar.n))
-
-    def close(self) -> None:
-        self.bar.close()
-
-
 def run_stage(
     models: Models,
+    seeds: list[int],
+    samplings: dict[str, Sampling],
     name: str,
     condition_of: Callable[[int, int, int], Tensor | None],
-    prompts: list[Tensor],
+    prompt: Tensor,
     max_frames: list[int],
-    seeds: list[int],
-    sampling: Sampling,
     slack: int | None = None,
 ) -> list[Tensor]:
     """One stage for all clips, in windows of the length it was trained on. EOS ends a clip; with
     `slack` only within that many frames of `max_frames`."""
-    semantic = name == "semantic"
-    rate = models.codec.frame_rate * (models.semantic_rate if semantic else 1)
+    rate = models.codec.frame_rate * (models.semantic_rate if name == "semantic" else 1)
     window = max(2, round(models.context_seconds(name) * rate))
-    new = sum(n - p.shape[1] for n, p in zip(max_frames, prompts, strict=True)) / rate
-    progress = Progress(name, new / len(prompts), rate, len(prompts))
-    seeds = [mix(seed, STAGES.index(name)) >> 1 for seed in seeds]
-    try:
+    new = sum(n - prompt.shape[1] for n in max_frames) / rate  # seconds
+    with tqdm(total=round(new, 1), desc=name, bar_format=BAR, disable=None) as bar:
         return generate_windows(
             models.stages[name],
             condition_of,
-            prompts,
+            [prompt] * len(seeds),
             max_frames,
-            seeds,
-            sampling,
+            [mix(seed, STAGES.index(name)) >> 1 for seed in seeds],
+            samplings[name],
             window,
             int(OVERLAP * window),
             None if slack is None else [max(1, n - slack) for n in max_frames],
-            progress,
+            lambda num_clips: bar.update(min(num_clips / rate, bar.total - bar.n)),
         )
-    finally:
-        progress.close()
 
 
 def check_collapsed(models: Models, seconds: float) -> None:
@@ -220,20 +196,13 @@ def generate_codes(
     if collapsed:
         semantic = torch.unique_consecutive(semantic)
     limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
+    run = partial(run_stage, models, seeds, samplings)
     if resynthesize:
         semantics, limit = [semantic] * N, codes.shape[1]
         codes = codes[:, :0]
     else:
         most = semantic.shape[0] + math.ceil(seconds * frame_rate * ratio)
-        made = run_stage(
-            models,
-            "semantic",
-            lambda *_: None,
-            [semantic[None]] * N,
-            [most] * N,
-            seeds,
-            samplings["semantic"],
-        )
+        made = run("semantic", lambda *_: None, semantic[None], [most] * N)
         semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
 
     check_collapsed(models, limit / frame_rate)
@@ -249,18 +218,16 @@ def generate_codes(
             return tokens[None] if collapsed else tokens[None, int(a * ratio) :]
         return tokens[None, int(a * ratio) : math.ceil(b * ratio)]
 
-    def stage(name: str, condition_of: Callable, limits: list[int]) -> list[Tensor]:
-        first, last = models.stages[name].spec.codebooks
-        prompts = [codes[first:last]] * N
-        slack = None if collapsed else SLACK
-        if name == "fine":  # as long as the coarse codes it completes
-            slack = 0
-        return run_stage(models, name, condition_of, prompts, limits, seeds, samplings[name], slack)
+    def given(name: str) -> Tensor:
+        """The prompt's codes of a stage's codebooks."""
+        return codes[slice(*models.stages[name].spec.codebooks)]
 
+    slack = None if collapsed else SLACK
     if "acoustic" in models.stages:
-        return stage("acoustic", semantic_of, limits)
-    coarse = stage("coarse", semantic_of, limits)
-    fine = stage("fine", lambda row, a, b: coarse[row][:, a:b], [c.shape[1] for c in coarse])
+        return run("acoustic", semantic_of, given("acoustic"), limits, slack)
+    coarse = run("coarse", semantic_of, given("coarse"), limits, slack)
+    lengths = [c.shape[1] for c in coarse]  # fine completes these frames: no more, no fewer
+    fine = run("fine", lambda row, a, b: coarse[row][:, a:b], given("fine"), lengths, slack=0)
     return [torch.cat([c[:, : f.shape[1]], f]) for c, f in zip(coarse, fine, strict=True)]
 
 
@@ -269,27 +236,23 @@ def write_clips(
 ) -> list[Path]:
     """Decode and write every clip, the prompt's original and reconstruction, and the JSON."""
     codec, out = models.codec, Path(arguments.out)
-    device = next(codec.parameters()).device
-    files = (
-        [out] if len(codes) == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(len(codes))]
-    )
-    lengths = []
+    files, lengths = clip_files(out, len(codes)), []
     for path, clip in zip(files, codes, strict=True):
-        wav = codec.decode(clip[None].to(device))[0]  # [1,K,T] -> [1,L]
+        wav = codec.decode(clip[None].to(models.device))[0]  # [1,K,T] -> [1,L]
         save_audio(path, wav, codec.sample_rate)
         lengths.append(wav.shape[1] / codec.sample_rate)
     record |= {"files": [path.name for path in files], "seconds": lengths}
     source = arguments.prompt or arguments.resynthesize
     if prompt is not None:
         whole = load_audio(source, codec.sample_rate)
-        again = codec.decode(codec.encode(whole[None].to(device)), whole.shape[1])[0]
-        for key, wav in (("original", whole), ("reconstruction", again)):
-            record[key] = f"{out.stem}-{key}.wav"
-            save_audio(out.with_name(record[key]), wav, codec.sample_rate)
+        again = codec.decode(codec.encode(whole[None].to(models.device)), whole.shape[1])[0]
+        original, reconstruction = prompt_files(out)
+        save_audio(original, whole, codec.sample_rate)
+        save_audio(reconstruction, again, codec.sample_rate)
+        record |= {"original": original.name, "reconstruction": reconstruction.name}
         used = prompt.codes.shape[1] / codec.frame_rate
         record["prompt"] = {"path": source, "seconds": used}
-    with atomic_write(out.with_suffix(".json")) as file:
-        json.dump(record, file, indent=1)
+    write_json(out.with_suffix(".json"), record)
     return files
 
 

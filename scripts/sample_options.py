@@ -66,9 +66,22 @@ def check_request(arguments: Namespace) -> None:
             raise ValueError("--prompt-seconds must be a positive number")
     if out.suffix != ".wav":
         raise ValueError(f"--out {out}: wav is what is written; name it {out.with_suffix('.wav')}")
-    here = source and Path(source).resolve().parent == out.resolve().parent
-    if here and Path(source).suffix == ".wav" and Path(source).stem.startswith(out.stem):
-        raise ValueError(f"--out {out} would overwrite {source}: choose another name")
+    if source and Path(source).exists():
+        for path in (*clip_files(out, arguments.num), *prompt_files(out), out.with_suffix(".json")):
+            if path.exists() and path.samefile(source):
+                raise ValueError(f"--out {out} would overwrite {source}: choose another name")
+
+
+def clip_files(out: Path, num_clips: int) -> list[Path]:
+    """Where the clips go: out.wav, or out-0.wav, out-1.wav, ... of several."""
+    if num_clips == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{n}") for n in range(num_clips)]
+
+
+def prompt_files(out: Path) -> list[Path]:
+    """Where the given recording goes, as it is and through the codec."""
+    return [out.with_stem(f"{out.stem}-{kind}") for kind in ("original", "reconstruction")]
 
 
 def find_device(name: str | None) -> torch.device:

@@ -8,11 +8,10 @@ load_codec).
 """
 
 import math
+import re
 import signal
 import sys
 import time
-from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from configs.codec_schema import CodecConfig, CodecLossConfig, CodecOptimConfig, CodecTrainConfig
-from configs.load import load_config, save_config
+from configs.codec_schema import CodecOptimConfig, CodecTrainConfig
+from configs.load import check_same_config, load_config, save_config
 from data.audio import save_audio
 from data.segments import RandomSegments, decode_recordings, find_split, spread
 from model.checkpoint import (
@@ -58,11 +57,8 @@ VALID_SECONDS = 4  # of each validation clip
 DISCRIMINATOR_LEAD = 200  # steps it learns before its verdict counts: a blind one does harm
 INITIAL_BATCHES = 16  # batches of latents that the codebooks are fitted to
 MODELS = ("codec", "average", "discriminator")
-FIXED = (  # what a resumed run cannot change
-    *(f"model.{field.name}" for field in fields(CodecConfig)),
-    *(f"loss.{field.name}" for field in fields(CodecLossConfig)),
-    *("data.segment_seconds", "data.gain_db", "train.batch_size", "train.seed"),
-)
+# What may differ at a resume; the rest makes it another run
+CHANGEABLE = re.compile(r"out|data\.audio|optim\..*|wandb\..*|train\.(?!batch_size|seed).*")
 
 
 def rate_share(step: int, steps: int, optim: CodecOptimConfig) -> float:
@@ -91,7 +87,8 @@ class Trainer:
     def __init__(self, config: CodecTrainConfig, resume: bool):
         self.config, self.out = config, Path(config.out)
         if resume:
-            check_same_run(config)
+            find_checkpoint(self.out)
+            check_same_config(self.out / "config.yaml", config, CHANGEABLE)
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out}: not empty; continue it with --resume, or set out=...")
         precision = config.train.mixed_precision
@@ -302,20 +299,6 @@ class Trainer:
                     save_audio(self.out / "samples" / f"{i}_decoded.wav", decoded, rate)
             self._record("valid", {"mel": mean(mels), "stoi": mean(stois)})
         self.accelerator.wait_for_everyone()
-
-
-def check_same_run(config: CodecTrainConfig) -> None:
-    """ValueError unless config.out holds a whole checkpoint of a run with this model and losses."""
-    find_checkpoint(config.out)
-    file = Path(config.out) / "config.yaml"
-    saved = load_config(CodecTrainConfig, file)
-    for key in FIXED:
-        now, before = attrgetter(key)(config), attrgetter(key)(saved)
-        if now != before:
-            raise ValueError(
-                f"--resume: {key} is {now}, but {file} has {before}; drop the change or start a "
-                "new run"
-            )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,5 @@
-"""The listening page: one self-contained file, whose players hold sound and whose numbers are the
-log's last ones."""
+"""The listening page: one self-contained file, whose players hold sound and whose numbers are those
+of the checkpoint that is sampled."""
 
 import base64
 import io
@@ -81,7 +81,7 @@ def write_run(folder: Path, stage: str = "coarse", codebooks: tuple = ("c0", "c1
     lines += [step_line("train", s, 7.0 - s / 10, k, 1000.0 + s) for s in (10, 20, 30)]
     lines += [start_line(stage, list(codebooks), 5000.0)]
     lines += [step_line("train", s, 6.0 - s / 10, k, 4980.0 + s) for s in (30, 40)]
-    lines += [step_line("valid", 20, 4.5, k, 5018.0), step_line("valid", 40, 2.25, k, 5020.0)]
+    lines += [step_line("valid", 20, 2.25, k, 5018.0), step_line("valid", 40, 4.5, k, 5020.0)]
     lines += [{"kind": "end", "step": 40, "time": 5020.0}]
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -104,7 +104,7 @@ def write_samples(folder: Path) -> Path:
         "files": ["continuation-0.wav", "continuation-1.wav"],
         "seconds": [1.0, 1.0],
         "seeds": [3, 4],
-        "prompt": {"path": "x.wav", "seconds": 0.25, "text": "Press <1> & hold"},
+        "prompt": {"path": "<x> & y.wav", "seconds": 0.25},
         "original": "original.wav",
         "reconstruction": "codec.wav",
     }
@@ -150,11 +150,10 @@ def test_every_player_holds_sound_and_is_labelled(page: str):
 def test_page_says_what_was_asked_and_marks_the_prompt(page: str):
     assert page.count("<h2>Listen</h2>") == 1
     assert page.index("Unprompted") < page.index("Continuation")
-    assert "Press &lt;1&gt; &amp; hold" in page
     assert "temperature 0.9" in page
-    assert "Given: the first 0.2 s of x.wav" in page
+    assert "Given: the first 0.2 s of &lt;x&gt; &amp; y.wav" in page
     assert "top-" not in page, "knobs that change nothing are not listed"
-    assert page.count("class='prompt' style='width:25.00%'") == 2
+    assert page.count('class="prompt" style="width:25.00%"') == 2
     assert "seed 7" in page
     assert "&lt;b&gt;tiny&lt;/b&gt;" in page
     assert "cpu &lt;2 threads&gt;" in page
@@ -169,8 +168,20 @@ def test_run_keeps_the_last_line_of_a_step_and_sums_sessions(tmp_path: Path):
         40: 2.0,
     }
     assert run.seconds == pytest.approx(30 + 20)  # not the hour between crash and restart
-    assert "2.250" in report.render_numbers([run])
-    assert report.render_codebooks(run).count("<tr>") == 3
+    assert len(report.codebooks(run)) == 3
+
+
+def test_the_best_validation_is_shown_for_it_is_what_is_sampled(tmp_path: Path):
+    run = report.read_run(write_run(tmp_path / "run"))
+    assert run.valid[40]["loss"] > run.valid[20]["loss"]
+    page = report.render_page([run], [])
+    assert "<span>best 2.25 at step 20 of 40</span>" in page
+    assert "nats per token</th><td>2.250</td>" in page
+    assert "… at step</th><td>20</td>" in page
+    assert page.count("<td>2.25</td>") == 3  # a row for each codebook
+    assert not re.search("<td>4.50?<", page)
+    run.valid[10] = run.valid[40] | {"loss": math.nan}
+    assert run.best["step"] == 20
 
 
 def test_run_without_validation_or_with_a_cut_last_line_is_shown(tmp_path: Path):

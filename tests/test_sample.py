@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from model.codec import Codec
 from model.semantic import MfccKMeans
 from scripts import prepare
 from scripts.sample import sample
-from scripts.sample_options import sample_parser
+from scripts.sample_options import check_request, sample_parser
 from train import train
 
 RATE, HOP = 16_000, 320
@@ -166,6 +167,38 @@ def test_a_recording_is_never_overwritten(world, tmp_path, out):
     with pytest.raises(ValueError, match=r"would overwrite|wav is what is written"):
         run(world, tmp_path / out, "--prompt", tmp_path / "x.wav")
     assert (tmp_path / "x.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "num", "refused"),
+    [
+        ("x.wav", 1, True),
+        ("x.wav", 2, False),  # x-0.wav and x-1.wav are written
+        ("x-1.wav", 2, True),
+        ("x-1.wav", 1, False),
+        ("x-2.wav", 2, False),
+        ("x-original.wav", 1, True),
+        ("x-reconstruction.wav", 1, True),
+        ("x.json", 1, True),
+        ("x-and-more.wav", 1, False),
+    ],
+)
+def test_only_what_would_overwrite_the_recording_is_refused(tmp_path, source, num, refused):
+    (tmp_path / source).touch()
+    words = ["--resynthesize", str(tmp_path / source), "--num", str(num)]
+    arguments = sample_parser().parse_args([*words, "--out", str(tmp_path / "x.wav")])
+    with pytest.raises(ValueError, match="would overwrite") if refused else nullcontext():
+        check_request(arguments)
+
+
+def test_the_same_command_replaces_its_own_files(world, tmp_path):
+    save_wav(tmp_path / "x.wav", 0.5)
+    words = ("--resynthesize", tmp_path / "x.wav")
+    for _ in range(2):
+        files = run(world, tmp_path / "y.wav", *words, stages=("acoustic",))
+        assert files == [tmp_path / "y.wav"]
+    names = {"x.wav", "y.wav", "y.json", "y-original.wav", "y-reconstruction.wav"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_runs_of_different_tokenizers_do_not_mix(world, tmp_path):

@@ -1,6 +1,7 @@
 """model/semantic.py and scripts/fit_kmeans.py."""
 
 import json
+import re
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -228,10 +229,11 @@ def blobs(num_blobs=8, per_blob=50):
 
 def test_kmeans_finds_well_separated_blobs():
     centres, points = blobs()
-    centroids, inertia = kmeans(points, 8, seed=3)
+    centroids, inertia, counts = kmeans(points, 8, seed=3)
     assert torch.cdist(centres, centroids).min(1).values.max() < 0.05
     expected = (points - centroids[nearest_centroid(points, centroids)]).square().sum(1).mean()
     assert inertia == pytest.approx(expected.item(), rel=1e-5)
+    assert counts.tolist() == [50] * 8
     assert torch.equal(kmeans(points, 8, seed=3)[0], centroids)
 
 
@@ -239,10 +241,11 @@ def test_kmeans_leaves_centroids_without_frames_where_they_are(monkeypatch):
     _, points = blobs()
     seeds = torch.cat([points[::100], torch.full((4, 4), 1e4)])
     monkeypatch.setattr(fit_kmeans, "_seed_centroids", lambda *_: seeds)
-    centroids, inertia = kmeans(points, 8)
+    centroids, inertia, counts = kmeans(points, 8)
     assert torch.equal(centroids[4:], seeds[4:])
     assert torch.isfinite(centroids).all()
     assert inertia > 0
+    assert counts[4:].sum() == 0
 
 
 def test_kmeans_inertia_falls_with_more_iterations_and_tokens():
@@ -275,6 +278,7 @@ def test_fit_from_a_folder_of_recordings(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr()
     assert "left out" in output.err
     assert "10 tokens, fingerprint" in output.out
+    assert 1 < float(re.search(r"perplexity .* ([\d.]+) of 10", output.out)[1]) <= 10
     run_main(monkeypatch, *args, tmp_path / "b")
     a, b = (load_semantic(str(tmp_path / name)) for name in "ab")
     assert a.fingerprint == b.fingerprint

@@ -129,9 +129,9 @@ def test_refusals(audio, whole, tmp_path):
         run(audio, whole)
     with pytest.raises(ValueError, match="no such run folder"):
         run(audio, tmp_path / "absent", resume=True)
-    with pytest.raises(ValueError, match=r"model\.dimension is 8"):
+    with pytest.raises(ValueError, match=r"begun \(model\.dimension: 16 -> 8\)"):
         run(audio, whole, "model.dimension=8", resume=True)
-    with pytest.raises(ValueError, match=r"train\.batch_size is 3"):
+    with pytest.raises(ValueError, match=r"train\.batch_size: 2 -> 3"):
         run(audio, whole, "train.batch_size=3", resume=True)
     with pytest.raises(ValueError, match=r"model\.ratios"):
         run(audio, tmp_path / "x", "model.ratios=[4,0]")
@@ -139,6 +139,14 @@ def test_refusals(audio, whole, tmp_path):
         run(tmp_path / "nothing", tmp_path / "x")
     assert not (tmp_path / "x").exists()
     assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_what_may_change_at_a_resume():
+    may = ("out", "data.audio", "optim.lr", "train.steps", "train.mixed_precision", "wandb.mode")
+    assert all(map(train_codec.CHANGEABLE.fullmatch, may))
+    fixed = ("model.causal", "loss.mel", "data.gain_db", "data.segment_seconds")
+    fixed += ("train.batch_size", "train.seed")
+    assert not any(map(train_codec.CHANGEABLE.fullmatch, fixed))
 
 
 def test_damaged_checkpoint(audio, whole, tmp_path):
