@@ -1,13 +1,17 @@
 """Small training runs and what they leave behind, for tests of train.py."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from configs.load import load_config
 from configs.schema import RunConfig
 from model.checkpoint import find_checkpoint, read_tensors
+from train import Training, train
 
 
 def config(tokens, out, *overrides, stage="coarse"):
@@ -42,9 +46,26 @@ def weights(out, stem="model"):
     return read_tensors(find_checkpoint(out), stem)
 
 
-def assert_same_run(a, b):
+def train_until(step, settings, resume=False):
+    """Train, and get SIGTERM as the update that makes `step` begins."""
+    update = Training.update
+
+    def signalled(run, batches):
+        if run.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "update", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train(settings, resume)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert find_checkpoint(settings.out).name == f"step-{step:08d}"
+
+
+def assert_same_run(a, b, stems=("model", "ema", "optimizer")):
     assert losses(a) == losses(b)
-    for stem in ("model", "ema", "optimizer"):
+    for stem in stems:
         ours, theirs = weights(a, stem), weights(b, stem)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), stem

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, config, log_lines, losses, weights
+from runs import assert_same_run, config, log_lines, losses, train_until, weights
 from tokens import CODEC, write_tokens
 
 import train as train_module
@@ -76,25 +75,11 @@ def test_golden_losses(tokens, tmp_path):
         assert found[stage] == pytest.approx(expected, abs=2e-5), stage
 
 
-def test_interrupted_equals_uninterrupted(tokens, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(tokens, tmp_path):
     """SIGTERM in the middle of a step, between two log lines; and once more."""
     train(config(tokens, tmp_path / "whole"))
-    update = Training.update
     for at in (5, 9):
-        calls = {"n": 0}
-
-        def interrupted(run, batches, at=at, calls=calls):
-            if run.step + 1 == at and not calls["n"]:
-                calls["n"] = 1
-                os.kill(os.getpid(), signal.SIGTERM)
-            return update(run, batches)
-
-        monkeypatch.setattr(Training, "update", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            train(config(tokens, tmp_path / "parts"), resume=True)
-        assert stopped.value.code == 128 + signal.SIGTERM
-        assert find_checkpoint(tmp_path / "parts").name == f"step-{at:08d}"
-    monkeypatch.setattr(Training, "update", update)
+        train_until(at, config(tokens, tmp_path / "parts"), resume=True)
     train(config(tokens, tmp_path / "parts"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
