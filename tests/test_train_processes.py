@@ -143,9 +143,12 @@ def test_a_signal_that_a_launcher_passes_on_counts_once(tokens, tmp_path, monkey
         signal.raise_signal(TERM)
         signal.raise_signal(TERM)
 
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
     patched_update(monkeypatch, 3, signals)
     with pytest.raises(SystemExit) as stopped:
         train(config(tokens, tmp_path / "run"))
+    assert not killed
     assert stopped.value.code == 128 + TERM
     assert find_checkpoint(tmp_path / "run").name == "step-00000003"
 
