@@ -73,6 +73,8 @@ def test_compiled_equals_eager(tokens, tmp_path, monkeypatch):
     assert ours == pytest.approx(theirs, abs=1e-4)
     compiled, eager = weights(tmp_path / "True"), weights(tmp_path / "False")
     assert compiled.keys() == eager.keys()
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-3)
     load_stage(tmp_path / "True")
 
 
