@@ -61,6 +61,11 @@ def encode(spec: StageSpec, collapse: bool, batch: Batch) -> Sequences:
     return spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for every (step, process) of a run: no two processes drop the same places."""
+    return mix(seed, step, rank) >> 1  # torch takes 63 bits
+
+
 class Training:
     """One run: what it holds, and what it does at a step."""
 
@@ -92,7 +97,8 @@ class Training:
         decodes = config.train.sample_every and config.stage != "semantic"
         self.codec = load_codec(codec["name"], process.device) if decodes else None
         self.step, self.best_step, self.best_loss = 0, None, math.inf
-        self.signalled, self.stopping = None, None  # by a signal here; all processes together
+        self.signalled, self.signalled_at = None, 0.0  # by which signal, when; here alone
+        self.stopping = None  # all processes together
         self.meter = Meter(self.spec.layout.num_codebooks, process.device)
         if resume and checkpoints:
             self.load(find_checkpoint(self.out))
@@ -142,6 +148,19 @@ class Training:
         valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
         return make_loader(batches, data.num_workers, transform), make_loader(valid, 0, transform)
 
+    def on_signal(self, number: int, _: object) -> None:
+        """Ask for a last step and a checkpoint; a second signal does not wait for them.
+
+        One that comes at once is the first again: a scheduler signals every process, and the
+        launcher among them passes it on.
+        """
+        now = time.monotonic()
+        if not self.signalled:
+            self.signalled, self.signalled_at = number, now
+        elif now - self.signalled_at > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     def update(self, micro_batches: list[Sequences]) -> torch.Tensor:
         """One optimiser step on this process's micro-batches; returns the gradient's norm.
 
@@ -155,7 +174,7 @@ class Training:
             sums = torch.tensor([total, int(self.signalled or 0)], device=process.device)
             total, stopping = process.reduce(sums, "sum").tolist()
             self.stopping = signal.SIGTERM if stopping else None
-        torch.manual_seed(mix(train.seed, self.step, process.process_index) >> 1)
+        torch.manual_seed(dropout_seed(train.seed, self.step, process.process_index))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, train.steps, self.config.optim)
         for n, batch in enumerate(micro_batches):
@@ -350,13 +369,7 @@ def train(config: RunConfig, resume: bool = False) -> Training:
     if process.is_main_process:
         save_config(config, run.out / "config.yaml")
 
-    def stop(number: int, _: object) -> None:
-        if run.signalled:  # the second signal does not wait for the step to end
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        run.signalled = number
-
-    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, run.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         fit(run, *loaders, first)
     finally:

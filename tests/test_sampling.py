@@ -86,12 +86,14 @@ def test_eos_ends_a_clip_in_every_stage(name):
     assert min(lengths) >= 1
 
 
+@pytest.mark.parametrize("name", ["coarse", "acoustic"])  # flattened, delayed
 @torch.no_grad()
-def test_windows_cover_what_is_asked_and_keep_the_prompt():
-    stage = build("coarse")
+def test_windows_cover_what_is_asked_and_keep_the_prompt(name):
+    stage = build(name)
+    K = stage.layout.num_codebooks
     stage.heads[0].weight[stage.layout.eos] = 0  # never the best of 17 spread around 0
     semantic = torch.arange(40)[None] % 20
-    prompt = torch.arange(9).reshape(3, 3)
+    prompt = torch.arange(3 * K).reshape(K, 3) % 16
     asked = []
 
     def condition_of(row, a, b):
@@ -102,11 +104,40 @@ def test_windows_cover_what_is_asked_and_keep_the_prompt():
         stage, condition_of, [prompt], [30], [3], GREEDY, window=12, overlap=4
     )[0]
     assert asked == [(0, 12), (8, 20), (16, 28), (24, 30)]
-    assert codes.shape == (3, 30)
+    assert codes.shape == (K, 30)
+    assert torch.equal(codes[:, :3], prompt)
     first = generate(stage, [semantic[:, :12]], [prompt], [12], [3], GREEDY)[0]
     assert torch.equal(codes[:, :12], first)
     second = generate(stage, [semantic[:, 8:20]], [codes[:, 8:12]], [12], [3], GREEDY, [False])[0]
     assert torch.equal(codes[:, 8:20], second)
+    assert (second[:, 4:] != second[:, 4:5]).any()  # something that windows could get wrong
+
+
+@torch.no_grad()
+def test_delayed_windows_end_where_each_clip_ends():
+    """Clips of a batch that need 1, 2 and 3 windows, one of them ended by EOS: no code is missing
+    where codebooks are delayed past a window's end, and each clip is what it would be alone."""
+    stage = build("acoustic")
+    semantic = torch.arange(40)[None] % 20
+    limits, seeds, sampling = [7, 17, 28], [1, 2, 3], Sampling(temperature=3.0)
+
+    def windows(rows, **options):
+        def condition_of(n, a, b):
+            return (semantic + rows[n])[:, a:b] % 20
+
+        prompts = [torch.full((8, 2), 5)] * len(rows)
+        most, own_seeds = [limits[n] for n in rows], [seeds[n] for n in rows]
+        arguments = (stage, condition_of, prompts, most, own_seeds, sampling)
+        return generate_windows(*arguments, window=12, overlap=3, **options)
+
+    together = windows([0, 1, 2], min_frames=limits)
+    assert [clip.shape for clip in together] == [(8, n) for n in limits]
+    assert min(clip.min() for clip in together) >= 0
+    assert max(clip.max() for clip in together) < 16
+    for n in range(3):
+        assert torch.equal(windows([n], min_frames=limits[n : n + 1])[0], together[n])
+    stage.heads[0].weight[stage.layout.eos] *= 3
+    assert any(clip.shape[1] < n for clip, n in zip(windows([0, 1, 2]), limits, strict=True))
 
 
 def test_filters():

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_run, config, log_lines, losses, train_until, weights
 from tokens import CODEC, write_tokens
 
 import train as train_module
-from configs.load import load_config, save_config
-from configs.schema import OptimConfig, RunConfig
+from configs.load import save_config
+from configs.schema import OptimConfig
 from model.checkpoint import (
     damage,
     find_checkpoint,
@@ -47,46 +47,6 @@ def tokens(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
-def config(tokens, out, *overrides, stage="coarse"):
-    return load_config(
-        RunConfig,
-        None,
-        [
-            f"stage={stage}",
-            f"out={out}",
-            f"data.tokens={tokens}",
-            "data.crop_seconds=0.4",
-            "num_coarse=2",
-            "model={dim: 32, num_layers: 2, num_heads: 4, head_dim: 8}",
-            "optim={lr: 0.01, warmup_steps: 3, ema_decay: 0.9}",
-            "train={steps: 12, batch_size: 8, log_every: 2, valid_every: 6, save_every: 4}",
-            *overrides,
-        ],
-    )
-
-
-def log_lines(out, *kinds):
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] in kinds]
-
-
-def losses(out):
-    """{(kind, step): loss}, the last value of each."""
-    return {(x["kind"], x["step"]): x["loss"] for x in log_lines(out, "train", "valid")}
-
-
-def weights(out, stem="model"):
-    return read_tensors(find_checkpoint(out), stem)
-
-
-def assert_same_run(a, b):
-    assert losses(a) == losses(b)
-    for stem in ("model", "ema", "optimizer"):
-        ours, theirs = weights(a, stem), weights(b, stem)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours), stem
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_learns_and_logs(stage, tokens, tmp_path):
     train(config(tokens, tmp_path / "run", "train.steps=60", "train.valid_every=20", stage=stage))
@@ -115,25 +75,11 @@ def test_golden_losses(tokens, tmp_path):
         assert found[stage] == pytest.approx(expected, abs=2e-5), stage
 
 
-def test_interrupted_equals_uninterrupted(tokens, tmp_path, monkeypatch):
+def test_interrupted_equals_uninterrupted(tokens, tmp_path):
     """SIGTERM in the middle of a step, between two log lines; and once more."""
     train(config(tokens, tmp_path / "whole"))
-    update = Training.update
     for at in (5, 9):
-        calls = {"n": 0}
-
-        def interrupted(run, batches, at=at, calls=calls):
-            if run.step + 1 == at and not calls["n"]:
-                calls["n"] = 1
-                os.kill(os.getpid(), signal.SIGTERM)
-            return update(run, batches)
-
-        monkeypatch.setattr(Training, "update", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            train(config(tokens, tmp_path / "parts"), resume=True)
-        assert stopped.value.code == 128 + signal.SIGTERM
-        assert find_checkpoint(tmp_path / "parts").name == f"step-{at:08d}"
-    monkeypatch.setattr(Training, "update", update)
+        train_until(at, config(tokens, tmp_path / "parts"), resume=True)
     train(config(tokens, tmp_path / "parts"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 

@@ -1,5 +1,7 @@
 """A small token folder with something to learn in it, for tests of training and sampling."""
 
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,19 @@ SEMANTIC = {
 
 
 def clip(
-    name: str, split: str, num_frames: int, seed: int, num_codebooks: int = NUM_CODEBOOKS
+    name: str,
+    split: str,
+    num_frames: int,
+    seed: int,
+    num_codebooks: int = NUM_CODEBOOKS,
+    rate: Fraction = Fraction(1),
 ) -> EncodedClip:
-    """Semantic tokens that count upwards from a random start; codes that follow from them."""
+    """Semantic tokens that count upwards from a random start, `rate` of them a frame; codes that
+    follow from them."""
     rng = np.random.default_rng(seed)
-    semantic = (rng.integers(NUM_SEMANTIC) + np.arange(num_frames) // 2) % NUM_SEMANTIC
-    codes = (semantic[None] + 3 * np.arange(num_codebooks)[:, None]) % CODEBOOK_SIZE
+    semantic = (rng.integers(NUM_SEMANTIC) + np.arange(ceil(num_frames * rate)) // 2) % NUM_SEMANTIC
+    heard = semantic[[int(frame * rate) for frame in range(num_frames)]]
+    codes = (heard[None] + 3 * np.arange(num_codebooks)[:, None]) % CODEBOOK_SIZE
     codes = np.where(
         rng.random(codes.shape) < 0.1, rng.integers(0, CODEBOOK_SIZE, codes.shape), codes
     )
@@ -42,6 +51,7 @@ def write_tokens(
     folder: Path, num_train: int = 24, codec: dict = CODEC, semantic: dict = SEMANTIC
 ) -> Path:
     """`num_train` training clips and 6 validation clips of 8 to 40 frames."""
+    rate = Fraction(semantic["frame_rate"] / codec["frame_rate"]).limit_denominator(1000)
     lengths = np.random.default_rng(0).integers(8, 40, num_train + 6)
     clips = [
         clip(
@@ -50,6 +60,7 @@ def write_tokens(
             int(length),
             n,
             codec["num_codebooks"],
+            rate,
         )
         for n, length in enumerate(lengths)
     ]
