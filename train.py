@@ -30,7 +30,7 @@ from configs.schema import RunConfig
 from data.audio import save_audio
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, make_loader, mix
-from data.shards import Clip, TokenFolder
+from data.shards import Clip, TokenFolder, semantic_rate
 from model.attend import resolve
 from model.checkpoint import (
     find_checkpoint,
@@ -41,19 +41,34 @@ from model.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
-from model.codec import load_codec
 from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer
-from model.preview import preview
+from model.preview import preview, preview_codec
 from model.stages import Stage, StageSpec, stage_spec
 from scripts.cli import make_parser, run_cli
-from scripts.run_log import Meter, RunLog, describe_start, peak_flops, start_line
+from scripts.run_log import (
+    Meter,
+    RunLog,
+    check_finite,
+    describe_start,
+    log_train,
+    log_valid,
+    start_line,
+)
 
 EXAMPLES = """\
   python train.py --config configs/semantic_small.yaml data.tokens=tokens/mine out=runs/a
   accelerate launch train.py --config configs/coarse_small.yaml data.tokens=tokens/mine out=runs/b
   accelerate launch train.py --config configs/coarse_small.yaml out=runs/b --resume
   python train.py --config configs/demo_semantic.yaml train.steps=20 out=runs/try"""
+
+
+# What may differ at a resume: nothing that changes what is computed, but the number of steps (and,
+# with another kernel or other micro-batches, the rounding)
+CHANGEABLE = re.compile(
+    r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*"
+    r"|train\.(steps|num_micro_batches|compile|num_kept|num_samples|sample_seconds|.*_every)"
+)
 
 
 def encode(spec: StageSpec, collapse: bool, batch: Batch) -> Sequences:
@@ -82,10 +97,11 @@ class Training:
             "num_codebooks": codec["num_codebooks"],
             "codebook_size": codec["codebook_size"],
             "num_coarse": config.num_coarse,
-            "semantic_rate": semantic["frame_rate"] / codec["frame_rate"],
+            "semantic_rate": float(semantic_rate(codec, semantic)),
         }
         self.spec = stage_spec(**self.spec_state)
-        self.rates = token_rates(self.folder, self.spec.codebook_names)
+        collapse = config.data.collapse_semantic
+        self.rates = token_rates(self.folder, self.spec.codebook_names, collapse)
         dtype = torch.bfloat16 if process.mixed_precision == "bf16" else torch.float32
         head_dim, backend = config.model.head_dim, config.attention.backend
         uses_dropout = config.model.dropout > 0
@@ -95,7 +111,7 @@ class Training:
         self.optimizer = make_optimizer(self.stage, config.optim)
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"
-        self.codec = load_codec(codec["name"], process.device) if decodes else None
+        self.codec = preview_codec(codec, process.device) if decodes else None
         self.step, self.best_step, self.best_loss = 0, None, math.inf
         self.signalled, self.signalled_at = None, 0.0  # by which signal, when; here alone
         self.stopping = None  # all processes together
@@ -160,6 +176,16 @@ class Training:
         elif now - self.signalled_at > 1.0:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def release(self) -> None:
+        """Let go of what Accelerate wrapped, before the processes part.
+
+        gloo's process group, when it goes, waits for a thread that may want Python's lock. PyTorch
+        gives the lock away in `destroy_process_group`, but not where DistributedDataParallel holds
+        the last reference: one exit in ten hung.
+        """
+        self.model = self.updater = None
+        self.process.free_memory()
 
     def update(self, micro_batches: list[Sequences]) -> torch.Tensor:
         """One optimiser step on this process's micro-batches; returns the gradient's norm.
@@ -274,78 +300,19 @@ def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first
             log_train(run, log, norm, elapsed, waited / elapsed, micro_batches[0])
             since, waited = time.perf_counter(), 0.0
         paused, improved = time.perf_counter(), False
+        if run.stopping:  # before a long validation, lest a launcher's patience end in it
+            run.save()
         if run.step % train.valid_every == 0 or done:
             improved = log_valid(run, log, run.validate(valid_loader))
         if train.sample_every and (run.step % train.sample_every == 0 or done):
             run.sample()
-        if run.step % train.save_every == 0 or improved or done or run.stopping:
+        if improved or done or (run.step % train.save_every == 0 and not run.stopping):
             run.save()
         since += time.perf_counter() - paused  # throughput is that of training alone
     if run.step == train.steps:
         log.write("end", step=run.step)
+    run.release()
     log.close()
-
-
-def check_finite(run: Training, loss: float) -> None:
-    """ValueError, before anything is logged or saved, if the weights are lost."""
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"{run.out}: the loss is {loss} at step {run.step} and nothing of it was saved; "
-            "try a lower optim.lr or model.qk_norm=true in a new run"
-        )
-
-
-# What may differ at a resume: none of it changes what is computed, but the number of steps
-CHANGEABLE = re.compile(
-    r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*"
-    r"|train\.(steps|num_micro_batches|compile|num_kept|num_samples|sample_seconds|.*_every)"
-)
-
-
-def log_train(
-    run: Training, log: RunLog, norm: torch.Tensor, elapsed: float, wait: float, batch: Sequences
-) -> None:
-    """Read and reset the meter; one line for the log, one for the terminal."""
-    device = run.process.device
-    values = run.meter.read(run.process, run.rates)
-    run.meter = Meter(run.spec.layout.num_codebooks, device)
-    check_finite(run, values["loss"])
-    speed = values.pop("places") / elapsed
-    peak = peak_flops(device)
-    flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
-    mfu = None if peak is None else speed * flops / (peak * run.process.num_processes)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    log.write(
-        "train",
-        step=run.step,
-        **values,
-        tokens_per_second=speed,
-        mfu=mfu,
-        lr=run.optimizer.param_groups[0]["lr"],
-        grad_norm=float(norm),
-        data_wait=wait,
-        peak_memory_gib=memory,
-    )
-    shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {float(norm):.2f}"
-    log.say(
-        f"step {run.step:>6}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
-        f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}"
-    )
-
-
-def log_valid(run: Training, log: RunLog, values: dict) -> bool:
-    """Log a validation; True if it is the best so far."""
-    values.pop("places")
-    improved = values["loss"] < run.best_loss
-    if improved:
-        run.best_step, run.best_loss = run.step, values["loss"]
-    log.write("valid", step=run.step, **values)
-    per_codebook = " ".join(f"{nats:.3f}" for nats in values["per_codebook"])
-    log.say(
-        f"valid {run.step:>5}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
-        f"per codebook {per_codebook}{'  best' if improved else ''}"
-    )
-    return improved
 
 
 def train(config: RunConfig, resume: bool = False) -> Training:

@@ -21,12 +21,14 @@ def bits_per_second(nats: list[float], rates: list[float]) -> float:
     return sum(n * rate for n, rate in zip(nats, rates, strict=True)) / math.log(2)
 
 
-def baselines(folder: TokenFolder, codebooks: list[str]) -> dict[str, Baseline]:
+def baselines(
+    folder: TokenFolder, codebooks: list[str], collapse: bool = False
+) -> dict[str, Baseline]:
     """`uniform`: every token equally likely. `unigram`: the train split's frequencies plus one,
-    scored on the valid split. `codebooks` are "semantic" or "c<k>". Repeats are not collapsed and
-    EOS, one token a recording, is not counted.
+    scored on the valid split. `codebooks` are "semantic" or "c<k>"; `collapse` drops repeats of
+    semantic tokens. EOS, one token a recording, is not counted.
     """
-    train, valid = unigram_counts(folder, "train"), unigram_counts(folder, "valid")
+    train, valid = (unigram_counts(folder, split, collapse) for split in ("train", "valid"))
 
     def pick(counts: tuple[np.ndarray, np.ndarray], name: str) -> np.ndarray:
         return counts[0] if name == "semantic" else counts[1][int(name[1:])]
@@ -36,14 +38,17 @@ def baselines(folder: TokenFolder, codebooks: list[str]) -> dict[str, Baseline]:
         seen, scored = pick(train, name) + 1.0, pick(valid, name)
         uniform.append(math.log(len(seen)))
         unigram.append(float(-(scored * np.log(seen / seen.sum())).sum() / scored.sum()))
-    rates = token_rates(folder, codebooks)
+    rates = token_rates(folder, codebooks, collapse)
     return {
         "uniform": Baseline(uniform, bits_per_second(uniform, rates)),
         "unigram": Baseline(unigram, bits_per_second(unigram, rates)),
     }
 
 
-def token_rates(folder: TokenFolder, codebooks: list[str]) -> list[float]:
-    """Tokens per second of audio of each codebook (before repeats are collapsed)."""
+def token_rates(folder: TokenFolder, codebooks: list[str], collapse: bool = False) -> list[float]:
+    """Tokens per second of audio of each codebook; without repeats, those of the valid split."""
     rates = {"semantic": float(folder.semantic["frame_rate"])}
+    if collapse and "semantic" in codebooks:
+        kept = unigram_counts(folder, "valid", collapse)[0].sum()
+        rates["semantic"] *= float(kept) / sum(clip.num_semantic for clip in folder.clips("valid"))
     return [rates.get(name, float(folder.codec["frame_rate"])) for name in codebooks]

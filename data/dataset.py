@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.shards import Clip, TokenFolder
+from data.shards import Clip, TokenFolder, semantic_rate
 
 PAD = -1
 Window = tuple[Clip, int, int]  # a clip and its frames [a, b)
@@ -131,13 +131,13 @@ class _Windows(IterableDataset):
     def __init__(self, folder: TokenFolder, split: str, crop_seconds: float):
         super().__init__()
         self.folder, self.clips = folder, folder.clips(split)
-        frame_rate = Fraction(folder.codec["sample_rate"], folder.codec["hop_length"])
-        semantic_rate = Fraction(folder.semantic["frame_rate"]).limit_denominator(1_000_000)
-        self.rate = semantic_rate / frame_rate
-        self.crop_frames = round(crop_seconds * float(frame_rate))
+        self.rate = semantic_rate(folder.codec, folder.semantic)
+        frame_rate = folder.codec["frame_rate"]
+        self.crop_frames = round(crop_seconds * frame_rate)
         if self.crop_frames < 1:
             raise ValueError(
-                f"a crop of {crop_seconds} s is shorter than a frame; use 1/{frame_rate} s or more"
+                f"a crop of {crop_seconds} s is shorter than a frame; "
+                f"use {1 / frame_rate:g} s or more"
             )
 
     def __iter__(self) -> Iterator[Batch]:

@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -180,15 +181,26 @@ def read_header(folder: str | Path) -> dict:
     return header
 
 
-def unigram_counts(folder: TokenFolder, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+def semantic_rate(codec: dict, semantic: dict) -> Fraction:
+    """Semantic tokens per codec frame, exactly, of the tokenizers that a header describes."""
+    frame_rate = Fraction(codec["sample_rate"], codec["hop_length"])
+    return Fraction(semantic["frame_rate"]).limit_denominator(1_000_000) / frame_rate
+
+
+def unigram_counts(
+    folder: TokenFolder, split: str = "train", collapse: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """How often each token occurs in `split`: [num_tokens] and [K, codebook_size] int64.
 
     Its entropy is the loss of the best model that ignores all context: the baseline to beat.
+    `collapse` drops repeats of semantic tokens.
     """
     semantic = np.zeros(folder.semantic["num_tokens"], dtype=np.int64)
     codes = np.zeros((folder.num_codebooks, folder.codec["codebook_size"]), dtype=np.int64)
     for clip in folder.clips(split):
         clip_semantic, clip_codes = folder.read(clip)
+        if collapse:
+            clip_semantic = clip_semantic[np.diff(clip_semantic, prepend=-1) != 0]
         semantic += np.bincount(clip_semantic, minlength=len(semantic))
         for counts, row in zip(codes, clip_codes, strict=True):
             counts += np.bincount(row, minlength=len(counts))

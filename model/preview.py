@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.codec import Codec
+from model.codec import Codec, load_codec
 from model.sampling import Sampling, generate
 from model.stages import Stage
 
@@ -17,6 +17,17 @@ class Preview:
 
     tokens: Tensor
     wav: Tensor | None
+
+
+def preview_codec(expected: dict, device: torch.device) -> Codec:
+    """The codec that tokens were made with. ValueError: by its name another one is found."""
+    codec = load_codec(expected["name"], device)
+    if codec.fingerprint != expected["fingerprint"]:
+        raise ValueError(
+            f"{expected['name']} ({codec.fingerprint}) is not the codec of data.tokens "
+            f"({expected['fingerprint']}); put that one there, or set train.sample_every=0"
+        )
+    return codec
 
 
 def preview(stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None) -> list[Preview]:

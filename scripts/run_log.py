@@ -1,6 +1,7 @@
 """What a run says of itself: log.jsonl, one progress line in a terminal, wandb where asked for."""
 
 import json
+import math
 import platform
 import subprocess
 import time
@@ -128,12 +129,12 @@ class RunLog:
 
 def start_line(run: Any) -> dict:
     """The log's first line: what runs, where, and what its losses are to be measured against."""
-    names = run.spec.codebook_names
+    names, collapse = run.spec.codebook_names, run.config.data.collapse_semantic
     return {
         "stage": run.config.stage,
         "num_parameters": sum(p.numel() for p in run.stage.parameters()),
         "codebooks": names,
-        **{name: asdict(b) for name, b in baselines(run.folder, names).items()},
+        **{name: asdict(b) for name, b in baselines(run.folder, names, collapse).items()},
         "attention": str(run.attention),
         **environment(run.process.device),
     }
@@ -148,3 +149,58 @@ def describe_start(line: dict, run: Any) -> str:
         f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
         "learns goes below both"
     )
+
+
+def check_finite(run: Any, loss: float) -> None:
+    """ValueError, before anything is logged or saved, if the weights are lost."""
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{run.out}: the loss is {loss} at step {run.step} and nothing of it was saved; "
+            "try a lower optim.lr or model.qk_norm=true in a new run"
+        )
+
+
+def log_train(
+    run: Any, log: RunLog, norm: torch.Tensor, elapsed: float, wait: float, batch: Sequences
+) -> None:
+    """Read and reset the meter; one line for the log, one for the terminal."""
+    device = run.process.device
+    values = run.meter.read(run.process, run.rates)
+    run.meter = Meter(run.spec.layout.num_codebooks, device)
+    check_finite(run, values["loss"])
+    speed = values.pop("places") / elapsed
+    peak = peak_flops(device)
+    flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
+    mfu = None if peak is None else speed * flops / (peak * run.process.num_processes)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    log.write(
+        "train",
+        step=run.step,
+        **values,
+        tokens_per_second=speed,
+        mfu=mfu,
+        lr=run.optimizer.param_groups[0]["lr"],
+        grad_norm=float(norm),
+        data_wait=wait,
+        peak_memory_gib=memory,
+    )
+    shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {float(norm):.2f}"
+    log.say(
+        f"step {run.step:>6}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
+        f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}"
+    )
+
+
+def log_valid(run: Any, log: RunLog, values: dict) -> bool:
+    """Log a validation; True if it is the best so far."""
+    values.pop("places")
+    improved = values["loss"] < run.best_loss
+    if improved:
+        run.best_step, run.best_loss = run.step, values["loss"]
+    log.write("valid", step=run.step, **values)
+    per_codebook = " ".join(f"{nats:.3f}" for nats in values["per_codebook"])
+    log.say(
+        f"valid {run.step:>5}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
+        f"per codebook {per_codebook}{'  best' if improved else ''}"
+    )
+    return improved

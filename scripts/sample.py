@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from configs.files import write_json
 from data.audio import load_audio, save_audio
 from data.dataset import mix
+from data.shards import semantic_rate
 from model.checkpoint import check_same_tokens, load_stage
 from model.codec import Codec, load_codec
 from model.sampling import Sampling, generate_windows
@@ -55,9 +57,9 @@ class Models:
         return next(iter(self.states.values()))
 
     @property
-    def semantic_rate(self) -> float:
+    def semantic_rate(self) -> Fraction:
         """Semantic tokens per codec frame."""
-        return self.any_state["tokenizers"]["semantic"]["frame_rate"] / self.codec.frame_rate
+        return semantic_rate(**self.any_state["tokenizers"])
 
     def context_seconds(self, name: str) -> float:
         return self.states[name]["crop_seconds"]
@@ -168,14 +170,19 @@ def run_stage(
         )
 
 
-def check_collapsed(models: Models, seconds: float) -> None:
+def check_collapsed(models: Models, seconds: float, option: str) -> None:
     """ValueError for clips beyond one context where semantic tokens have lost their timing."""
     context = min(map(models.context_seconds, models.stages))
     if models.any_state["collapse_semantic"] and seconds > context:
         raise ValueError(
             f"{seconds:g} s is more than the {context:g} s of these runs' context; with "
-            "data.collapse_semantic nothing longer can be aligned: lower --seconds"
+            f"data.collapse_semantic nothing longer can be aligned: lower {option}"
         )
+
+
+def whole(frames: float) -> int:
+    """Rounded up, but for what floats add: 0.56 s are 28 frames of 20 ms, not 29."""
+    return math.ceil(round(frames, 6))
 
 
 @torch.no_grad()
@@ -195,17 +202,19 @@ def generate_codes(
     collapsed = models.any_state["collapse_semantic"]
     if collapsed:
         semantic = torch.unique_consecutive(semantic)
-    limit = codes.shape[1] + math.ceil(seconds * frame_rate)  # frames a clip may have
+    new = whole(seconds * frame_rate)
+    limit = codes.shape[1] + (0 if resynthesize else new)  # frames a clip may have
+    check_collapsed(models, limit / frame_rate, "--prompt-seconds" if resynthesize else "--seconds")
     run = partial(run_stage, models, seeds, samplings)
     if resynthesize:
-        semantics, limit = [semantic] * N, codes.shape[1]
-        codes = codes[:, :0]
+        semantics, codes = [semantic] * N, codes[:, :0]
     else:
-        most = semantic.shape[0] + math.ceil(seconds * frame_rate * ratio)
+        most = semantic.shape[0] + whole(seconds * frame_rate * float(ratio))
         made = run("semantic", lambda *_: None, semantic[None], [most] * N)
         semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
+        if collapsed:  # nothing keeps the model from drawing a token twice
+            semantics = [torch.unique_consecutive(tokens) for tokens in semantics]
 
-    check_collapsed(models, limit / frame_rate)
     limits = [
         limit if collapsed else min(limit, max(codes.shape[1] + 1, math.ceil(len(s) / ratio)))
         for s in semantics
@@ -222,7 +231,7 @@ def generate_codes(
         """The prompt's codes of a stage's codebooks."""
         return codes[slice(*models.stages[name].spec.codebooks)]
 
-    slack = None if collapsed else SLACK
+    slack = None if collapsed else max(SLACK, math.ceil(1 / ratio))
     if "acoustic" in models.stages:
         return run("acoustic", semantic_of, given("acoustic"), limits, slack)
     coarse = run("coarse", semantic_of, given("coarse"), limits, slack)

@@ -51,7 +51,7 @@ def test_bf16_learns_as_fp32_does(tokens, tmp_path, forget_precision):
         train(config(tokens, tmp_path / kind, *changes))
     ours, theirs = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
     assert ours["valid", 40] < 0.5 * ours["train", 2]
-    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours == pytest.approx(theirs, rel=0.05)
     assert ours != theirs  # or it was fp32 after all
     assert {t.dtype for t in weights(tmp_path / "bf16").values()} == {torch.float32}
 

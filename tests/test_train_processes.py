@@ -47,8 +47,8 @@ def test_no_two_updates_drop_the_same_places():
 
 @contextlib.contextmanager
 def processes(settings, folder, *stops):
-    """Two processes of tests/signalled_run.py; gives what each recorded, then ends them: gloo's
-    shutdown hangs now and then, when everything has been done."""
+    """Two processes of tests/signalled_run.py; gives what each recorded, then ends them: their
+    group, which three runs share, was left open."""
     save_config(settings, folder / "config.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
