@@ -45,7 +45,7 @@ from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer
 from model.preview import preview, preview_codec
 from model.stages import Stage, StageSpec, stage_spec
-from scripts.cli import make_parser, run_cli
+from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.run_log import (
     Meter,
     RunLog,
@@ -167,8 +167,8 @@ class Training:
     def on_signal(self, number: int, _: object) -> None:
         """Ask for a last step and a checkpoint; a second signal does not wait for them.
 
-        One that comes at once is the first again: a scheduler signals every process, and the
-        launcher among them passes it on.
+        One that comes at once is the first again: a scheduler signals every process, and a
+        launcher among them passes it on, or dies of it (see `end_with_launcher`).
         """
         now = time.monotonic()
         if not self.signalled:
@@ -356,6 +356,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue out=..., if it was begun")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    end_with_launcher()
     train(load_config(RunConfig, arguments.config, arguments.overrides), arguments.resume)
 
 

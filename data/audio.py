@@ -117,7 +117,9 @@ def load_audio(path: str | Path, sample_rate: int) -> Tensor:
 
 def _open_audio(path: Path) -> soundfile.SoundFile:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(
+            f"{path}: {'a folder, not a recording' if path.is_dir() else 'no such file'}"
+        )
     try:
         return soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:

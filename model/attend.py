@@ -256,7 +256,7 @@ def _with_masked_key(
     """k, v [b,g,j,d] with one more key before the others, which nobody may attend."""
     mask = k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if mask is None else mask
     k, v, mask = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), F.pad(mask, (1, 0))
-    return k, v, mask, None if attn_bias is None else F.pad(attn_bias, (1, 0))
+    return k, v, mask, None if attn_bias is None else F.pad(torch.atleast_1d(attn_bias), (1, 0))
 
 
 Shared = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -36,8 +36,16 @@ def checkpoint_folder(run: str | Path, step: int) -> Path:
 def save_checkpoint(
     run: str | Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
 ) -> Path:
-    """Write `tensors` ({file stem: {name: tensor}}) and `state` as the checkpoint of `step`."""
+    """Write `tensors` ({file stem: {name: tensor}}) and `state` as the checkpoint of `step`.
+
+    A run comes to a step with the same tensors each time, so a checkpoint of it that is there and
+    whole only gets the new state.
+    """
     final = checkpoint_folder(run, step)
+    if final.exists() and damage(final) is None:
+        files = read_state(final)["files"]
+        write_json(final / STATE, {**state, "step": step, "files": files})
+        return final
     temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -50,8 +58,7 @@ def save_checkpoint(
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
         write_json(temporary / STATE, {**state, "step": step, "files": sizes})
-        if final.exists():  # the same step saved twice: the newer one is as whole as the older
-            shutil.rmtree(final)
+        shutil.rmtree(final, ignore_errors=True)  # damaged
         os.replace(temporary, final)
         fsync_folder(final.parent)
     finally:

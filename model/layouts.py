@@ -163,7 +163,8 @@ class Layout:
         evenly over the same time (time-aligned rotary positions: Xu et al. 2025, Qwen2.5-Omni).
         Positions that count places instead leave the distance between a target and its condition
         growing with time: the demo's coarse stage then ends its 240 steps at 4.14 rather than 3.91
-        nats for the first codebook.
+        nats for the first codebook. Collapsed semantic tokens have no times of their own: they
+        stand as if each were one frame.
         """
         first = self._start(ids)
         per_frame = self.num_codebooks if self.pattern == "flatten" else 1

@@ -1,9 +1,13 @@
 """What every command line here shares: help that shows examples, and errors in one clear line."""
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -13,6 +17,17 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def end_with_launcher() -> None:
+    """Have SIGTERM sent to this process when accelerate's launcher dies (on Linux).
+
+    With one process, that launcher passes no signal on: its own SIGTERM would leave an orphan
+    that goes on training, and save nothing.
+    """
+    launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_cli(main: Callable[[], None]) -> None:

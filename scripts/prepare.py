@@ -38,7 +38,7 @@ from scripts.cli import make_parser, run_cli
 EXAMPLES = """\
   python -m scripts.prepare --audio recordings --out tokens/mine
   python -m scripts.prepare --audio ../shared/corpus/manifest.jsonl --out tokens/corpus
-  accelerate launch --cpu --num_processes 8 -m scripts.prepare --audio recordings --out tokens/b
+  torchrun --standalone --nproc-per-node 8 -m scripts.prepare --audio recordings --out tokens/b
   python -m scripts.prepare --audio recordings --out tokens/24khz --codec encodec_24khz"""
 
 SETTINGS_FILE = "prepare.json"

@@ -37,7 +37,7 @@ class Run:
     start: dict = field(default_factory=dict)
     train: dict[int, dict] = field(default_factory=dict)
     valid: dict[int, dict] = field(default_factory=dict)
-    seconds: float = 0.0  # wall time, summed over the sessions of a resumed run
+    seconds: float = 0.0  # wall time, summed over the starts of a resumed run
 
     @property
     def config(self) -> str:
@@ -223,7 +223,7 @@ def utc(seconds: float) -> str:
 
 
 def render_page(runs: list[Run], samples: list[tuple[dict, list[Clip]]]) -> str:
-    """report.html filled in; without samples it has no listening part."""
+    """report.html filled in; without samples its listening part says so."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(

@@ -288,7 +288,7 @@ def sample(arguments: Namespace) -> list[Path]:
         "prompt": None,
         "original": None,
         "reconstruction": None,
-        "max_seconds": arguments.seconds,
+        "max_seconds": None if arguments.resynthesize else arguments.seconds,
         "sampling": {name: asdict(samplings[name]) for name in models.stages},
         "checkpoints": {name: state["path"] for name, state in models.states.items()},
         "tokenizers": models.any_state["tokenizers"],

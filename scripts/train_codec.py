@@ -35,7 +35,7 @@ from model.checkpoint import (
 from model.codec import Codec, build_discriminator, initialise_weights
 from model.codec_training import CodecTraining
 from model.optim import load_optimizer_tensors, optimizer_tensors
-from scripts.cli import make_parser, run_cli
+from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.codec_losses import (
     MEL_SCALES,
     Balancer,
@@ -310,6 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parsed = parser.parse_intermixed_args(arguments)
     config = load_config(CodecTrainConfig, parsed.config, parsed.overrides)
+    end_with_launcher()
     Trainer(config, parsed.resume).fit()
 
 

@@ -333,17 +333,20 @@ def command(*arguments, launcher=()):
     return subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
 
 
-def test_accelerate_launch_writes_what_plain_python_writes(
+def test_a_launcher_writes_what_plain_python_writes(
     audio, tokenizers, tmp_path, monkeypatch, capsys
 ):
     arguments = ["--audio", audio, *tokenizers, "--shard-clips", 3, "--device", "cpu", "--out"]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launched = command(*arguments, tmp_path / "two", launcher=launcher)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count("prepared") == 1  # the main process alone speaks
     monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments), str(tmp_path / "one")])
     script.main()
-    assert "prepared" in capsys.readouterr().out
+    alone = capsys.readouterr()
+    assert "prepared" in alone.out
+    shards = [said.count("shard ") for said in (alone.err, launched.stderr)]
+    assert 0 < shards[1] < shards[0]  # the main process tells of its own shards: there were two
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert TokenFolder(tmp_path / "two").codec["num_codebooks"] == 2
 

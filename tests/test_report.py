@@ -159,7 +159,7 @@ def test_page_says_what_was_asked_and_marks_the_prompt(page: str):
     assert "cpu &lt;2 threads&gt;" in page
 
 
-def test_run_keeps_the_last_line_of_a_step_and_sums_sessions(tmp_path: Path):
+def test_run_keeps_the_last_line_of_a_step_and_sums_starts(tmp_path: Path):
     run = report.read_run(write_run(tmp_path / "run"))
     assert {step: event["loss"] for step, event in run.train.items()} == {
         10: 6.0,

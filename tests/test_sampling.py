@@ -11,11 +11,13 @@ from model.stages import STAGES, Stage, stage_spec
 GREEDY = Sampling(temperature=0)
 
 
-def build(name, backend="einsum"):
+def build(name, backend="einsum", semantic_rate=1.0):
     """A random stage, its weights large enough that its choices differ from place to place."""
     torch.manual_seed(1)
     config = ModelConfig(dim=32, num_layers=2, num_heads=4, head_dim=8)
-    stage = Stage(stage_spec(name, 20, 8, 16, 3), config, AttentionChoice((backend,), "test"))
+    stage = Stage(
+        stage_spec(name, 20, 8, 16, 3, semantic_rate), config, AttentionChoice((backend,), "test")
+    )
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.mul_(8)
@@ -50,6 +52,35 @@ def test_cached_equals_uncached_token_for_token(name, sampling, backend):
         assert 1 <= a.shape[1] <= limit
         assert a.min() >= 0
         assert a.max() < max(stage.layout.target_sizes)
+
+
+@pytest.mark.parametrize("semantic_rate", [0.5, 2 / 3, 1.0, 1.6])
+@pytest.mark.parametrize("name", STAGES)
+@torch.no_grad()
+def test_what_is_sampled_is_what_training_would_predict(name, semantic_rate):
+    """Greedy clips, laid out as for training: at every place after the prompt, the most likely
+    class is the code that was sampled. Ids, positions and marks are the same on both roads."""
+    stage = build(name, semantic_rate=semantic_rate)
+    layout, (conditions, prompts, limits) = stage.layout, ragged(stage)
+    starts = [True, False, True]
+    clips = generate(stage, conditions, prompts, limits, [1, 2, 3], GREEDY, starts)
+    num_compared = 0
+    for condition, prompt, clip, start, limit in zip(
+        conditions, prompts, clips, starts, limits, strict=True
+    ):
+        ids, targets = layout.encode(condition, clip, start, clip.shape[1] < limit)
+        batch = layout.collate([(ids, targets)])
+        hidden = stage.hidden(batch.ids, batch.positions)[0]
+        step = torch.arange(len(ids)) - layout.positions(ids).tolist().index(0)
+        for k, head in enumerate(stage.heads):
+            logits = head(hidden)
+            frame = step // layout.num_codebooks if layout.pattern == "flatten" else step - k
+            if k == 0:  # EOS is not drawn before the first frame
+                logits[frame < 1, layout.eos] = float("-inf")
+            drawn = (targets[:, k] >= 0) & (frame >= prompt.shape[1])
+            assert torch.equal(logits.argmax(dim=-1)[drawn], targets[drawn, k])
+            num_compared += int(drawn.sum())
+    assert num_compared >= 10
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -1,11 +1,15 @@
 """data/shards.py: what is written comes back, and what is broken is named."""
 
 import json
+import math
 import pickle
 
 import numpy as np
 import pytest
+import torch
+from tokens import write_tokens
 
+from data.baselines import baselines, token_rates
 from data.shards import (
     EncodedClip,
     TokenFolder,
@@ -190,3 +194,23 @@ def test_unigram_counts_are_of_the_split_alone(folder, clips):
     assert np.array_equal(
         codes[1], np.bincount(np.concatenate([clip.codes[1] for clip in train]), minlength=1000)
     )
+
+
+def test_baselines_of_collapsed_tokens_count_what_is_left(tmp_path):
+    folder = TokenFolder(write_tokens(tmp_path))
+    kept = {
+        split: [
+            torch.unique_consecutive(torch.tensor(folder.read(clip)[0].astype(int)))
+            for clip in folder.clips(split)
+        ]
+        for split in ("train", "valid")
+    }
+    seen = torch.cat(kept["train"]).bincount(minlength=12).double() + 1
+    nats = -(seen / seen.sum())[torch.cat(kept["valid"])].log().mean()
+    rate = 50 * sum(map(len, kept["valid"])) / sum(c.num_semantic for c in folder.clips("valid"))
+    assert 20 < rate < 30  # each token twice, but for the ends of a clip
+    assert token_rates(folder, ["semantic"], True) == pytest.approx([rate])
+    assert token_rates(folder, ["c0"], True) == token_rates(folder, ["semantic"]) == [50.0]
+    unigram = baselines(folder, ["semantic"], True)["unigram"]
+    assert unigram.nats == pytest.approx([float(nats)])
+    assert unigram.bits_per_second == pytest.approx(float(nats) * rate / math.log(2))

@@ -16,7 +16,7 @@ from runs import assert_same_run, config, losses
 from tokens import write_tokens
 
 from configs.load import save_config
-from model.checkpoint import find_checkpoint, list_checkpoints
+from model.checkpoint import damage, find_checkpoint, list_checkpoints, read_state
 from train import Training, dropout_seed, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,3 +174,56 @@ def test_a_signal_that_comes_too_late_changes_nothing(where, tokens, tmp_path, m
     assert run.signalled == TERM
     assert_same_run(tmp_path / "whole", tmp_path / "late")
     assert signal.getsignal(TERM) == before
+
+
+def test_a_stop_saves_before_it_validates(tokens, tmp_path, monkeypatch):
+    """A launcher that loses its patience during a long validation loses no step."""
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    patched_update(monkeypatch, 6, lambda _: signal.raise_signal(TERM))
+    monkeypatch.setattr(Training, "validate", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config(tokens, tmp_path / "run", "train.save_every=100"))
+    assert find_checkpoint(tmp_path / "run").name == "step-00000006"
+
+
+def test_a_second_save_of_a_step_never_leaves_none(tokens, tmp_path, monkeypatch):
+    """The step is there and whole: only its state is written anew, atomically."""
+    run = train(config(tokens, tmp_path / "run", "train.num_kept=1"))
+    folder = find_checkpoint(tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: pytest.fail("something was deleted"))
+    run.best_step = 4
+    run.save()
+    assert read_state(folder)["best_step"] == 4
+    assert damage(folder) is None
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.glob("*.safetensors")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel for the signal")
+def test_the_end_of_accelerates_launcher_ends_and_saves_the_run(tokens, tmp_path):
+    """With one process, the launcher dies of SIGTERM and passes nothing on."""
+    out = tmp_path / "run"
+    save_config(config(tokens, out, "train.steps=1000000"), tmp_path / "config.yaml")
+    command = ["-m", "accelerate.commands.launch", "--cpu", "train.py", "--config"]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, str(tmp_path / "config.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in launcher.stdout:
+        if line.startswith("step"):
+            break
+    else:
+        pytest.fail("the run did not start")
+    launcher.terminate()
+    rest = launcher.stdout.read()  # to the end of the last process that writes to it
+    assert "stopped and saved at step" in rest
+    step = int(find_checkpoint(out).name.removeprefix("step-"))
+    assert f"stopped and saved at step {step};" in rest
+    launcher.wait()
