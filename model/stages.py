@@ -88,10 +88,7 @@ def stage_spec(
     fine = (codebook_size,) * (num_codebooks - num_coarse)
     layout, codebooks = {
         "semantic": (Layout((), (num_semantic,)), (0, 0)),
-        "coarse": (
-            Layout((num_semantic,), coarse, condition_rate=semantic_rate),
-            (0, num_coarse),
-        ),
+        "coarse": (Layout((num_semantic,), coarse, "flatten", semantic_rate), (0, num_coarse)),
         "fine": (Layout(coarse, fine), (num_coarse, num_codebooks)),
         "acoustic": (
             Layout((num_semantic,), coarse + fine, "delay", semantic_rate),
