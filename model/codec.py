@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 from encodec.model import ROOT_URL
 from encodec.modules import SLSTM, SEANetDecoder, SEANetEncoder
+from encodec.modules import SConv1d as SConv1d  # for model/codec_stream.py
+from encodec.modules import SConvTranspose1d as SConvTranspose1d
 from encodec.modules.seanet import SEANetResnetBlock
 from encodec.msstftd import MultiScaleSTFTDiscriminator
 from encodec.quantization import ResidualVectorQuantizer
@@ -125,15 +127,7 @@ class Codec(nn.Module):
         `length` trims the result to that many samples. ValueError: too many codebooks, no frames,
         codes outside 0..codebook_size-1, or a `length` beyond the frames.
         """
-        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or not codes.numel():
-            raise ValueError(
-                f"codes {list(codes.shape)}: expected [B, K, T] with K from 1 to "
-                f"{self.num_codebooks} and T >= 1"
-            )
-        if codes.min() < 0 or codes.max() >= self.codebook_size:
-            raise ValueError(
-                f"codes from {codes.min()} to {codes.max()}: outside 0..{self.codebook_size - 1}"
-            )
+        check_codes(self, codes)
         if length is not None and not 0 <= length <= codes.shape[2] * self.hop_length:
             most = codes.shape[2] * self.hop_length
             raise ValueError(f"length {length}: {codes.shape[2]} frames hold 0..{most} samples")
@@ -150,6 +144,19 @@ class Codec(nn.Module):
         with atomic_write(Path(folder) / WEIGHTS_FILE, "wb") as file:
             file.write(safetensors.torch.save(state))
         write_json(Path(folder) / CONFIG_FILE, asdict(CodecFile(FORMAT_VERSION, self.config)))
+
+
+def check_codes(codec: Codec, codes: Tensor) -> None:
+    """ValueError unless codes [B, K', T] are ones that `codec` can decode."""
+    if codes.ndim != 3 or not 1 <= codes.shape[1] <= codec.num_codebooks or not codes.numel():
+        raise ValueError(
+            f"codes {list(codes.shape)}: expected [B, K, T] with K from 1 to "
+            f"{codec.num_codebooks} and T >= 1"
+        )
+    if codes.min() < 0 or codes.max() >= codec.codebook_size:
+        raise ValueError(
+            f"codes from {codes.min()} to {codes.max()}: outside 0..{codec.codebook_size - 1}"
+        )
 
 
 def _run(model: nn.Module, x: Tensor) -> Tensor:
