@@ -85,6 +85,7 @@ class CodecOptimConfig:
 @dataclass(frozen=True)
 class CodecRunConfig:
     steps: int = 8000
+    start_from: str | None = None  # a codec folder to go on from or fine-tune: its weights alone
     batch_size: int = 32  # segments per step and process
     log_every: int = 50
     valid_minutes: float = 2.0  # between validations, each with a checkpoint; 0: only at the end

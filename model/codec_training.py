@@ -84,6 +84,32 @@ class CodecTraining(nn.Module):
         return entropy.exp() / self.codec.codebook_size
 
     @torch.no_grad()
+    def start_from(self, source: Codec, frames_per_step: int) -> None:
+        """Take the weights and codebooks of a saved codec.
+
+        What learning adds is made up: codebooks begin as if all their codes had been used evenly,
+        by `frames_per_step` latents. ValueError: another architecture.
+        """
+        if source.config != self.codec.config:
+            raise ValueError(
+                f"train.start_from={source.name}: its model differs from this configuration's; "
+                "set the same model.*"
+            )
+        given, state = source.state_dict(), self.codec.state_dict()
+        for key, value in state.items():
+            if key.endswith(".weight_v"):
+                value.copy_(given[key.removesuffix("_v")])
+            elif key.endswith(".weight_g"):  # one norm per output channel
+                weight = given[key.removesuffix("_g")]
+                value.copy_(weight.flatten(1).norm(dim=1).view_as(value))
+            else:
+                value.copy_(given[key])
+        for layer in self.codec.quantizer.vq.layers:
+            book = layer._codebook
+            book.cluster_size.fill_(frames_per_step / self.codec.codebook_size)
+            book.embed_avg.copy_(book.embed * (book.cluster_size[:, None] + SMOOTHING))
+
+    @torch.no_grad()
     def initialise(self, samples: Tensor, restarts: Tensor) -> None:
         """Fit the codebooks to latents [N, D] by k-means, one after the other on what is left.
 

@@ -32,7 +32,7 @@ from model.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
 )
-from model.codec import Codec, build_discriminator, initialise_weights
+from model.codec import Codec, build_discriminator, initialise_weights, load_codec
 from model.codec_training import CodecTraining
 from model.optim import load_optimizer_tensors, optimizer_tensors
 from scripts.cli import end_with_launcher, make_parser, run_cli
@@ -51,6 +51,8 @@ EXAMPLES = """\
       data.audio=../shared/corpus/manifest.jsonl out=runs/codec
   python -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=../shared/corpus/manifest.jsonl out=runs/codec --resume
+  python -m scripts.train_codec --config configs/codec_16khz.yaml data.audio=recordings \\
+      train.start_from=pretrained/codec_16khz train.steps=2000 out=runs/mine
   accelerate launch -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=recordings out=runs/codec"""
 VALID_SECONDS = 4  # of each validation clip
@@ -58,7 +60,9 @@ DISCRIMINATOR_LEAD = 200  # steps it learns before its verdict counts: a blind o
 INITIAL_BATCHES = 16  # batches of latents that the codebooks are fitted to
 MODELS = ("codec", "average", "discriminator")
 # What may differ at a resume; the rest makes it another run
-CHANGEABLE = re.compile(r"out|data\.audio|optim\..*|wandb\..*|train\.(?!batch_size|seed).*")
+CHANGEABLE = re.compile(
+    r"out|data\.audio|optim\..*|wandb\..*|train\.(?!batch_size|seed|start_from).*"
+)
 
 
 def rate_share(step: int, steps: int, optim: CodecOptimConfig) -> float:
@@ -106,6 +110,8 @@ class Trainer:
         self.step, self.signal, self.stopping = 0, 0, False
         if resume:
             self.load()
+        elif config.train.start_from:
+            self._start_from(config.train.start_from)
         if self.accelerator.is_main_process:
             save_config(config, self.out / "config.yaml")
         self.log = RunLog(config, self.accelerator, self.step)
@@ -141,6 +147,12 @@ class Trainer:
         names = ("time", "mel", "adversarial", "feature")
         self.balancer = Balancer({name: getattr(loss, name) for name in names})
         self.mel = MelDistance(model.sample_rate).to(self.device)
+
+    def _start_from(self, folder: str) -> None:
+        """The weights of another run's codec."""
+        frames = self.segments.length // self.codec.hop_length * self.config.train.batch_size
+        self.training.start_from(load_codec(folder, self.device), frames)
+        self.average.load_state_dict(self.codec.state_dict())
 
     def _prepare(self, name: str, module: nn.Module, lr: float) -> nn.Module:
         """The module as it is to be called; adds its optimiser."""
@@ -186,10 +198,11 @@ class Trainer:
         wav = self.segments.batch(step, self.rank, config.train.batch_size)
         num_codebooks, restarts, coin = step_draws(config, step, self.rank)
         num_codebooks, restarts = num_codebooks.to(self.device), restarts.to(self.device)
-        if step == loss.quantize_from_step:
+        started = bool(config.train.start_from)  # with codebooks
+        if step == loss.quantize_from_step and not started:
             self._fit_codebooks(restarts)
         self.model.train()
-        quantize = step >= loss.quantize_from_step
+        quantize = started or step >= loss.quantize_from_step
         decoded, commitment, error = self.model(wav, num_codebooks, restarts, quantize)
         losses = {"time": F.l1_loss(decoded, wav), "mel": self.mel(decoded, wav)}
         logged = {"commitment": commitment, "quantizer_error": error}

@@ -15,7 +15,7 @@ from configs.load import load_config
 from data.audio import save_audio
 from data.segments import RandomSegments, decode_recordings, find_split, spread
 from model.checkpoint import find_checkpoint, list_checkpoints, read_tensors
-from model.codec import load_codec
+from model.codec import fold_weight_norm, load_codec
 from scripts import train_codec
 from scripts.codec_losses import Balancer, MelDistance
 from scripts.codec_metrics import mel_distance, stoi
@@ -118,6 +118,34 @@ def test_resumed_equals_uninterrupted(audio, whole, tmp_path, monkeypatch):
     assert len(list_checkpoints(out)) == 1
 
 
+def test_a_run_can_start_from_the_codec_of_another(audio, whole, tmp_path, monkeypatch):
+    """It begins as good as that one is, quantised from the first step, and learns from there."""
+    source, found = load_codec(str(whole / "codec")), []
+    step = train_codec.Trainer.train_step
+
+    def watched(trainer):
+        if trainer.step == 0:
+            found.append({k: v.clone() for k, v in trainer.average.state_dict().items()})
+        losses = step(trainer)
+        found.append(float(losses["quantizer_error"]))
+        return losses
+
+    monkeypatch.setattr(train_codec.Trainer, "train_step", watched)
+    start = f"train.start_from={whole / 'codec'}"
+    run(audio, tmp_path / "next", start, "train.steps=3", "loss.quantize_from_step=100")
+    first = fold_weight_norm(found[0])
+    for key, value in source.state_dict().items():
+        if not key.endswith(("cluster_size", "embed_avg")):
+            torch.testing.assert_close(first[key], value)
+    assert all(error > 0 for error in found[1:])
+    book = load_codec(str(tmp_path / "next/codec")).quantizer.vq.layers[0]._codebook.embed
+    before = source.quantizer.vq.layers[0]._codebook.embed
+    assert 0 < (book - before).norm() < 0.5 * before.norm()
+    with pytest.raises(ValueError, match=r"start_from=.*set the same model"):
+        run(audio, tmp_path / "other", start, "model.dimension=8")
+    assert not (tmp_path / "other" / "config.yaml").exists()
+
+
 def test_validates_and_saves_on_the_way(audio, tmp_path):
     run(audio, tmp_path / "run", "train.valid_minutes=1e-9", "train.steps=2")
     assert [entry["step"] for entry in log(tmp_path / "run") if "stoi" in entry] == [1, 2, 2]
@@ -145,7 +173,7 @@ def test_what_may_change_at_a_resume():
     may = ("out", "data.audio", "optim.lr", "train.steps", "train.mixed_precision", "wandb.mode")
     assert all(map(train_codec.CHANGEABLE.fullmatch, may))
     fixed = ("model.causal", "loss.mel", "data.gain_db", "data.segment_seconds")
-    fixed += ("train.batch_size", "train.seed")
+    fixed += ("train.batch_size", "train.seed", "train.start_from")
     assert not any(map(train_codec.CHANGEABLE.fullmatch, fixed))
 
 
