@@ -6,7 +6,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from configs.schema import WandbConfig
+from configs.schema import WandbConfig, check_least
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ class CodecRunConfig:
     num_samples: int = 4  # of them written to out/samples, original and reconstruction
     seed: int = 0  # of segments, gains, dropout and the initial weights
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "log_every", "num_valid_clips")
+        check_least("train", self, dict.fromkeys(counts, 1) | {"num_samples": 0})
 
 
 @dataclass(frozen=True)

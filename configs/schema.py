@@ -6,7 +6,8 @@ from typing import Literal
 from omegaconf import MISSING
 
 
-def _check(section: str, config: object, least: dict[str, float]) -> None:
+def check_least(section: str, config: object, least: dict[str, float]) -> None:
+    """ValueError where a key of `section` is below its `least` value."""
     for key, smallest in least.items():
         if getattr(config, key) < smallest:
             raise ValueError(f"{section}.{key}={getattr(config, key)}: at least {smallest}")
@@ -28,7 +29,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("dim", "num_layers", "num_heads", "head_dim", "num_kv_heads")
-        _check("model", self, dict.fromkeys(sizes, 1))
+        check_least("model", self, dict.fromkeys(sizes, 1))
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class OptimConfig:
     ema_decay: float = 0.999  # averaged weights, used for validation and sampling; 0 turns it off
 
     def __post_init__(self) -> None:
-        _check("optim", self, {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0})
+        check_least("optim", self, {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0})
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "num_micro_batches", "num_kept", "num_samples")
         every = ("log_every", "valid_every", "save_every")
-        _check("train", self, dict.fromkeys((*counts, *every), 1) | {"sample_every": 0})
+        check_least("train", self, dict.fromkeys((*counts, *every), 1) | {"sample_every": 0})
 
 
 @dataclass(frozen=True)

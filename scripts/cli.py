@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+import torch
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -17,6 +19,17 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device asked for, or the GPU where there is one. ValueError: unknown or not here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
+    return device
 
 
 def end_with_launcher() -> None:

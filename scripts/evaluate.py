@@ -13,7 +13,7 @@ from configs.files import write_json
 from data.audio import load_audio
 from data.segments import find_split, spread
 from model.codec import Codec, load_codec
-from scripts.cli import make_parser, run_cli
+from scripts.cli import find_device, make_parser, run_cli
 from scripts.codec_losses import MelDistance
 from scripts.codec_metrics import mean, mel_distance, si_sdr, stoi
 
@@ -39,7 +39,8 @@ COLUMNS = {  # of the printed table: key in the report -> heading, format
 
 def evaluate_codec(parsed: argparse.Namespace) -> None:
     """Reconstruct every clip from its first K codebooks, for each K asked for; table and JSON."""
-    codec = load_codec(parsed.codec, parsed.device)
+    device = find_device(parsed.device)
+    codec = load_codec(parsed.codec, device)
     counts = sorted(set(parsed.num_codebooks or [codec.num_codebooks]))
     if counts[0] < 1 or counts[-1] > codec.num_codebooks:
         raise ValueError(f"--num-codebooks: {parsed.codec} has 1 to {codec.num_codebooks}")
@@ -59,7 +60,7 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
             skipped.append({"name": recording.name, "reason": str(error)})
             continue
         started = time.perf_counter()
-        codes = codec.encode(wav[None].to(parsed.device))  # [1, K, T]
+        codes = codec.encode(wav[None].to(device))  # [1, K, T]
         used.scatter_add_(1, codes[0].cpu(), torch.ones_like(codes[0], device="cpu"))
         encode_seconds = time.perf_counter() - started
         for count in counts:

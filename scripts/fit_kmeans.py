@@ -18,7 +18,7 @@ from model.semantic import (
     SemanticTokenizer,
     nearest_centroid,
 )
-from scripts.cli import make_parser, run_cli
+from scripts.cli import find_device, make_parser, run_cli
 
 EXAMPLES = """\
   python -m scripts.fit_kmeans --audio recordings --out runs/semantic_mine
@@ -166,7 +166,7 @@ def main() -> None:
         tokenizer = HubertKMeans(
             HubertConfig(model=args.features, layer=args.layer, weights=args.weights)
         )
-    tokenizer = tokenizer.to(args.device).eval()
+    tokenizer = tokenizer.to(find_device(args.device)).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
     inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)
     tokenizer.save(out)

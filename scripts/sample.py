@@ -26,12 +26,11 @@ from model.codec import Codec, load_codec
 from model.sampling import Sampling, generate_windows
 from model.semantic import SemanticTokenizer, load_semantic
 from model.stages import STAGES, Stage
-from scripts.cli import run_cli
+from scripts.cli import find_device, run_cli
 from scripts.run_log import environment
 from scripts.sample_options import (
     check_request,
     clip_files,
-    find_device,
     prompt_files,
     read_samplings,
     sample_parser,

@@ -4,8 +4,6 @@ import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-import torch
-
 from model.sampling import Sampling
 from model.stages import STAGES
 from scripts.cli import make_parser
@@ -82,17 +80,6 @@ def clip_files(out: Path, num_clips: int) -> list[Path]:
 def prompt_files(out: Path) -> list[Path]:
     """Where the given recording goes, as it is and through the codec."""
     return [out.with_stem(f"{out.stem}-{kind}") for kind in ("original", "reconstruction")]
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device asked for, or the GPU where there is one. ValueError: unknown or not here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
-    return device
 
 
 def per_stage(option: list[str] | None, default: dict, kind: type, flag: str) -> dict:

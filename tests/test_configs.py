@@ -94,6 +94,11 @@ def test_a_typo_is_an_error_that_helps(override, message):
         load_config(RunConfig, None, ["stage=fine", "out=x", "data.tokens=x", override])
 
 
+def test_a_codec_recipe_checks_its_numbers():
+    with pytest.raises(ValueError, match="log_every=0: at least 1"):
+        load_config(CodecTrainConfig, None, ["out=x", "data.audio=x", "train.log_every=0"])
+
+
 def test_a_missing_or_broken_file_is_an_error_that_helps(tmp_path):
     with pytest.raises(ValueError, match=r"coarse_smal\.yaml: no such config file; .*coarse_small"):
         load_config(RunConfig, ROOT / "configs/coarse_smal.yaml")

@@ -76,6 +76,7 @@ def test_report(codec, audio, tmp_path, capsys):
         (("--num-codebooks", "4"), "has 1 to 3"),
         (("--split", "valid"), 'no recordings in split "valid"'),
         (("--match", "nobody"), "--match nobody: in no name"),
+        (("--device", "nowhere"), "--device nowhere: cannot be used here"),
     ],
 )
 def test_mistakes(codec, audio, tmp_path, extra, message):
