@@ -51,6 +51,7 @@ class CodecDataConfig:
     audio: str = MISSING  # a folder or a JSONL manifest; without splits, 1 in 20 is held out
     segment_seconds: float = 1.0  # of a training segment; shorter recordings are zero-padded
     gain_db: tuple[float, float] = (-12.0, 6.0)  # range of each segment's gain, below full scale
+    filter_db: float = 0.0  # most that a segment's random smooth filter adds or takes anywhere
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class CodecLossConfig:
     discriminator_windows: tuple[int, ...] = (1024, 512, 256)  # STFT windows in samples, hop 1/4
     discriminator_filters: int = 32  # channels of each sub-discriminator
     discriminator_probability: float = 0.67  # share of steps that update it (EnCodec: 2/3)
+    judged_share: float = 1.0  # of the clips go to the discriminator, which is most of the work
     dropout: float = 0.5  # share of clips decoded from a random number of codebooks 1..K
     dead_code_share: float = 0.1  # codes used less, relative to the average, start anew
     codebook_decay: float = 0.98  # of the codebooks' running averages
@@ -92,6 +94,7 @@ class CodecRunConfig:
     num_valid_clips: int = 32  # spread evenly over the validation split
     num_samples: int = 4  # of them written to out/samples, original and reconstruction
     seed: int = 0  # of segments, gains, dropout and the initial weights
+    compile: bool = False  # torch.compile: a minute or two at the start, then 3 times the speed
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
 
     def __post_init__(self) -> None:

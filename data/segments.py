@@ -18,6 +18,7 @@ from data.audio import Recording, find_recordings, load_audio
 
 HELD_OUT = 20  # without splits, one recording in this many is for validation
 FULL_SCALE = 32767
+FILTER_KNOTS = 7  # at 16 kHz: 125 Hz to 8 kHz
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class RandomSegments:
     """Batches of random segments; a recording is drawn in proportion to its length.
 
     Shorter recordings are zero-padded, whole. Each segment gets a gain drawn from `gain_db`,
-    lowered where it would pass full scale. A GPU cuts its own segments: `device` has the samples.
+    lowered where it would pass full scale, and a smooth filter of up to +-`filter_db` (another
+    microphone, another room). A GPU cuts its own segments: `device` has the samples.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class RandomSegments:
         gain_db: tuple[float, float],
         seed: int,
         device: str | torch.device = "cpu",
+        filter_db: float = 0.0,
     ):
         self.samples = recordings.samples.to(device)  # [N]
+        self.filter_db = filter_db
         self.starts, self.lengths = recordings.starts, recordings.lengths
         self.length, self.gain_db, self.seed = length, gain_db, seed
         weights = np.maximum(self.lengths, length)
@@ -116,17 +120,35 @@ class RandomSegments:
 
     def batch(self, step: int, rank: int, size: int) -> Tensor:
         """wav [size, 1, length], float32, for this step and process; on the samples' device."""
-        draws = np.random.default_rng([self.seed, step, rank]).random((3, size))
+        random = np.random.default_rng([self.seed, step, rank])
+        draws = random.random((3, size))
         chosen = np.searchsorted(self.edges, draws[0]).clip(max=len(self.edges) - 1)  # [size]
         room = (self.lengths[chosen] - self.length).clip(min=0)
         starts = self.starts[chosen] + (draws[1] * (room + 1)).astype(np.int64)
         gain = 10 ** ((self.gain_db[0] + draws[2] * (self.gain_db[1] - self.gain_db[0])) / 20)
 
+        wav = self.cut(starts, self.lengths[chosen])
+        if self.filter_db:
+            wav = self._filter(wav, random.uniform(-1, 1, (size, FILTER_KNOTS)))
+        loudest = 1 / wav.abs().amax(dim=1).clamp(min=1e-4)  # [size]
+        gains = torch.from_numpy(gain).float().to(wav.device).minimum(loudest)
+        return (wav * gains[:, None])[:, None]  # [size, 1, length]
+
+    def _filter(self, wav: Tensor, curves: np.ndarray) -> Tensor:
+        """wav [size, length], each with a gain over frequency: curves [size, knots] in -1..1, the
+        knots an octave apart below half the sample rate, straight lines in between."""
+        device, num_bins = wav.device, self.length // 2 + 1
+        octaves = torch.linspace(0, 1, num_bins, device=device).clamp(min=1e-9).log2()
+        place = (octaves + FILTER_KNOTS - 1).clamp(min=0)  # [bins], in knots
+        left = place.long().clamp(max=FILTER_KNOTS - 2)
+        db = self.filter_db * torch.from_numpy(curves).float().to(device)  # [size, knots]
+        db = db[:, left].lerp(db[:, left + 1], place - left)  # [size, bins]
+        return torch.fft.irfft(torch.fft.rfft(wav) * 10 ** (db / 20), n=self.length)
+
+    def cut(self, starts: np.ndarray, rooms: np.ndarray) -> Tensor:
+        """wav [size, length] from samples[starts[i]] on, zero from its sample rooms[i] on."""
         device = self.samples.device
-        numbers = torch.from_numpy(np.stack([starts, self.lengths[chosen]])).to(device)  # [2, size]
+        numbers = torch.from_numpy(np.stack([starts, rooms])).to(device)  # [2, size]
         position = torch.arange(self.length, device=device)[None]  # [1, length]
         index = (numbers[0, :, None] + position).clamp(max=len(self.samples) - 1)  # [size, length]
-        wav = self.samples[index].float() / FULL_SCALE * (position < numbers[1, :, None])
-        loudest = 1 / wav.abs().amax(dim=1).clamp(min=1e-4)  # [size]
-        gains = torch.from_numpy(gain).float().to(device).minimum(loudest)
-        return (wav * gains[:, None])[:, None]  # [size, 1, length]
+        return self.samples[index].float() / FULL_SCALE * (position < numbers[1, :, None])

@@ -8,7 +8,7 @@ model/codec_training.py.
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +43,7 @@ ENCODEC_24KHZ_CONFIG = CodecConfig(
 SPEECH_LEVEL = 0.05  # root mean square of typical recordings
 WEIGHTS_FILE, CONFIG_FILE = "codec.safetensors", "config.json"
 FORMAT_VERSION = 1
+RunLayers = Callable[[nn.Module, Tensor], Tensor]
 LEARNING_BUFFERS = ("cluster_size", "embed_avg", "inited")  # of a codebook; unused when it is fixed
 
 
@@ -94,17 +95,17 @@ class Codec(nn.Module):
             digest.update(value.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())
         return digest.hexdigest()[:16]
 
-    def encode_latent(self, wav: Tensor) -> Tensor:
+    def encode_latent(self, wav: Tensor, run: RunLayers | None = None) -> Tensor:
         """wav [B, 1, T * hop_length] -> latent [B, D, T], before quantisation."""
-        latent = _run(self.encoder, wav)
+        latent = (run or run_layers)(self.encoder, wav)
         if not self.config.normalize_latent:
             return latent
         power = latent.float().square().mean(dim=1, keepdim=True)  # [B, 1, T]
         return latent * torch.rsqrt(1 + power)
 
-    def decode_latent(self, latent: Tensor) -> Tensor:
+    def decode_latent(self, latent: Tensor, run: RunLayers | None = None) -> Tensor:
         """latent [B, D, T] -> wav [B, 1, T * hop_length]."""
-        return _run(self.decoder, latent)
+        return (run or run_layers)(self.decoder, latent)
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
@@ -159,8 +160,8 @@ def check_codes(codec: Codec, codes: Tensor) -> None:
         )
 
 
-def _run(model: nn.Module, x: Tensor) -> Tensor:
-    """Run SEANet's layers in turn, the LSTM always in fp32: in bf16 its recurrence drifts."""
+def run_layers(model: nn.Module, x: Tensor) -> Tensor:
+    """A SEANet's layers in turn on x [B, C, L], the LSTM always in fp32: in bf16 it drifts."""
     for layer in model.model:
         if isinstance(layer, SLSTM):
             with torch.autocast(x.device.type, enabled=False):
@@ -306,8 +307,7 @@ def _load_state(codec: Codec, state: Mapping[str, Tensor], where: str | Path) ->
 def build_discriminator(windows: tuple[int, ...], filters: int) -> nn.Module:
     """encodec's multi-scale STFT discriminator (section 3.4, figure 2); hops are window / 4.
 
-    forward(wav [B, 1, L]) -> (logits, feature maps), a list per window. Its 2-d convolutions
-    dominate training; they run channels-last, the layout of tensor cores. Initialised like the
+    forward(wav [B, 1, L]) -> (logits, feature maps), a list per window. Initialised like the
     codec: with torch's default the biases drown the signal, and it starts out blind.
     """
     discriminator = MultiScaleSTFTDiscriminator(
@@ -317,9 +317,6 @@ def build_discriminator(windows: tuple[int, ...], filters: int) -> nn.Module:
         hop_lengths=[window // 4 for window in windows],
     )
     for scale in discriminator.discriminators:
-        scale.convs[0].register_forward_pre_hook(
-            lambda _, inputs: inputs[0].contiguous(memory_format=torch.channels_last)
-        )
         for i, layer in enumerate((*scale.convs, scale.conv_post)):
             _initialise_conv(layer.conv, 1 / SPEECH_LEVEL if i == 0 else 2**0.5)
     return discriminator

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.codec import Codec
+from model.codec import Codec, RunLayers, run_layers
+from model.codec_fast import FastLayers
 
 KMEANS_ITERATIONS = 10
 SMOOTHING = 1e-5
@@ -22,12 +23,16 @@ class CodecTraining(nn.Module):
     """Forward pass of `codec` with gradients; in train mode the codebooks follow the latents.
 
     decay: of the codebooks' running averages. dead_code_share: a code used less than this share
-    of an average code's use restarts at a latent of the current batch.
+    of an average code's use restarts at a latent of the current batch. compile: run the same
+    maths through model/codec_fast.py and torch.compile.
     """
 
-    def __init__(self, codec: Codec, decay: float, dead_code_share: float):
+    def __init__(self, codec: Codec, decay: float, dead_code_share: float, compile: bool = False):
         super().__init__()
         self.codec, self.decay, self.dead_code_share = codec, decay, dead_code_share
+        self.run: RunLayers = FastLayers(compile) if compile else run_layers
+        self.search = torch.compile(_search, dynamic=False) if compile else _search
+        self.layers = list(codec.quantizer.vq.layers)
 
     def forward(
         self, wav: Tensor, num_codebooks: Tensor, restarts: Tensor, quantize: bool = True
@@ -40,13 +45,13 @@ class CodecTraining(nn.Module):
         latent's variance. quantize=False passes the latent on as it is: a start without codebooks
         costs few steps, whereas codebooks fitted to an untrained encoder lag behind it for long.
         """
-        latent = self.codec.encode_latent(wav)  # [B, D, T]
+        latent = self.codec.encode_latent(wav, self.run)  # [B, D, T]
         if not quantize:
             zero = 0 * latent.float().mean()  # with a gradient, for one backward pass either way
-            return self.codec.decode_latent(latent), zero, zero
+            return self.codec.decode_latent(latent, self.run), zero, zero
         with torch.autocast(wav.device.type, enabled=False):
             quantized, commitment, error = self.quantize(latent.float(), num_codebooks, restarts)
-        return self.codec.decode_latent(quantized), commitment, error
+        return self.codec.decode_latent(quantized, self.run), commitment, error
 
     def quantize(
         self, latent: Tensor, num_codebooks: Tensor, restarts: Tensor
@@ -56,29 +61,15 @@ class CodecTraining(nn.Module):
         Residual VQ (SoundStream, algorithm 1). The commitment of codebook k is the mean squared
         distance to its vector, summed over k, with gradients to the encoder for every k.
         """
-        B, D, T = latent.shape
-        flat = latent.transpose(1, 2).reshape(B * T, D)
-        residual, total, commitment = flat, torch.zeros_like(flat), flat.new_zeros(())
-        variance = flat.detach().var(dim=0).mean().clamp(min=1e-9)
-        restarts = restarts % (B * T)
-        for k, layer in enumerate(self.codec.quantizer.vq.layers):
-            book = layer._codebook
-            samples = residual.detach()
-            nearest = _nearest(samples, book.embed)  # [B*T]
-            quantized = F.embedding(nearest, book.embed)  # [B*T, D]
-            if self.training:
-                self._follow(book, samples, nearest, restarts[k])
-            kept = (num_codebooks > k).repeat_interleave(T)[:, None]  # [B*T, 1]
-            total = total + quantized * kept
-            commitment = commitment + F.mse_loss(residual, quantized)
-            residual = residual - quantized
-        error = residual.detach().square().mean() / variance
-        straight = flat + (total - flat).detach()
-        return straight.view(B, T, D).transpose(1, 2), commitment, error
+        books = torch.stack([layer._codebook.embed for layer in self.layers])  # [K, size, D]
+        quantized, commitment, error, found = self.search(latent, books, num_codebooks, restarts)
+        if self.training:
+            self._follow(*found)
+        return quantized, commitment, error
 
     def usage(self) -> Tensor:
         """Perplexity of each codebook's recent use over its size [K]: 1 is perfectly even."""
-        sizes = torch.stack([x._codebook.cluster_size for x in self.codec.quantizer.vq.layers])
+        sizes = torch.stack([x._codebook.cluster_size for x in self.layers])
         share = sizes / sizes.sum(dim=1, keepdim=True).clamp(min=1e-9)  # [K, codebook_size]
         entropy = -(share * share.clamp(min=1e-9).log()).sum(dim=1)
         return entropy.exp() / self.codec.codebook_size
@@ -104,7 +95,7 @@ class CodecTraining(nn.Module):
                 value.copy_(weight.flatten(1).norm(dim=1).view_as(value))
             else:
                 value.copy_(given[key])
-        for layer in self.codec.quantizer.vq.layers:
+        for layer in self.layers:
             book = layer._codebook
             book.cluster_size.fill_(frames_per_step / self.codec.codebook_size)
             book.embed_avg.copy_(book.embed * (book.cluster_size[:, None] + SMOOTHING))
@@ -118,7 +109,7 @@ class CodecTraining(nn.Module):
         processes, rank 0's result counts.
         """
         restarts = restarts % len(samples)
-        for k, layer in enumerate(self.codec.quantizer.vq.layers):
+        for k, layer in enumerate(self.layers):
             book = layer._codebook
             means = samples[restarts[k]]  # [codebook_size, D]
             for _ in range(KMEANS_ITERATIONS):
@@ -137,21 +128,53 @@ class CodecTraining(nn.Module):
             samples = samples - F.embedding(_nearest(samples, book.embed), book.embed)
 
     @torch.no_grad()
-    def _follow(self, book: nn.Module, samples: Tensor, nearest: Tensor, restarts: Tensor) -> None:
+    def _follow(self, counts: Tensor, sums: Tensor, candidates: Tensor) -> None:
         """Running averages (VQ-VAE, appendix A.1) over all processes, then restarts; no sync."""
-        counts, sums = _assign(samples, nearest, self.codec.codebook_size)
-        candidates = samples[restarts]  # [codebook_size, D]
         if _distributed():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
             dist.broadcast(candidates, src=0)
-        average = counts.sum() / self.codec.codebook_size
-        book.cluster_size.lerp_(counts, 1 - self.decay)
-        book.embed_avg.lerp_(sums, 1 - self.decay)
-        dead = book.cluster_size < self.dead_code_share * average  # [codebook_size]
-        book.cluster_size.copy_(torch.where(dead, average, book.cluster_size))
-        book.embed_avg.copy_(torch.where(dead[:, None], candidates * average, book.embed_avg))
-        book.embed.copy_(book.embed_avg / (book.cluster_size[:, None] + SMOOTHING))
+        names = ("cluster_size", "embed_avg", "embed")
+        buffers = [[getattr(x._codebook, name) for x in self.layers] for name in names]
+        sizes, averages = torch.stack(buffers[0]), torch.stack(buffers[1])
+        sizes = sizes.lerp(counts, 1 - self.decay)  # [K, size]
+        averages = averages.lerp(sums, 1 - self.decay)  # [K, size, D]
+        average = counts.mean(dim=1, keepdim=True)  # [K, 1]
+        dead = sizes < self.dead_code_share * average
+        sizes = torch.where(dead, average, sizes)
+        averages = torch.where(dead[..., None], candidates * average[..., None], averages)
+        values = (sizes, averages, averages / (sizes[..., None] + SMOOTHING))
+        for old, new in zip(buffers, values, strict=True):
+            torch._foreach_copy_(old, list(new))
+
+
+def _search(
+    latent: Tensor, books: Tensor, num_codebooks: Tensor, restarts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """As `CodecTraining.quantize`, with books [K, size, D]; and what the books are to learn from:
+    counts [K, size], sums and candidates [K, size, D] of each one's residuals.
+
+    No buffer changes here: compiled, a changed one was read before its time (torch 2.11).
+    """
+    B, D, T = latent.shape
+    flat = latent.transpose(1, 2).reshape(B * T, D)
+    residual, total, commitment = flat, torch.zeros_like(flat), flat.new_zeros(())
+    variance = flat.detach().var(dim=0).mean().clamp(min=1e-9)
+    found = []
+    for k, book in enumerate(books):
+        samples = residual.detach()
+        nearest = _nearest(samples, book)  # [B*T]
+        quantized = F.embedding(nearest, book)  # [B*T, D]
+        found.append((*_assign(samples, nearest, len(book)), samples[restarts[k] % (B * T)]))
+        kept = (num_codebooks > k).repeat_interleave(T)[:, None]  # [B*T, 1]
+        total = total + quantized * kept
+        commitment = commitment + F.mse_loss(residual, quantized)
+        residual = residual - quantized
+    error = residual.detach().square().mean() / variance
+    straight = flat + (total - flat).detach()
+    counts, sums, candidates = (torch.stack(parts) for parts in zip(*found, strict=True))
+    quantized = straight.view(B, T, D).transpose(1, 2)
+    return quantized, commitment, error, (counts, sums, candidates)
 
 
 def _nearest(samples: Tensor, embed: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ class MelDistance(nn.Module):
     returns both; `log_only` is the first term alone, the reported figure.
     """
 
-    def __init__(self, sample_rate: int):
+    def __init__(self, sample_rate: int, compile: bool = False):
         super().__init__()
+        self.compare = torch.compile(_compare, dynamic=False) if compile else _compare
         self.scales = nn.ModuleList(
             torchaudio.transforms.MelSpectrogram(
                 sample_rate=sample_rate,
@@ -40,42 +41,17 @@ class MelDistance(nn.Module):
 
     def forward(self, estimate: Tensor, target: Tensor, log_only: bool = False) -> Tensor:
         """The distance, a scalar; `estimate` gets the gradient. Needs L > 1024."""
-        total = estimate.new_zeros(())
-        for mel in self.scales:
-            x, y = mel(estimate[:, 0]), mel(target[:, 0])  # [B, num_mels, frames]
-            total = total + F.l1_loss(_log10(x), _log10(y))
-            if not log_only:
-                scale = y.flatten(1).norm(dim=1) + QUIET * y[0].numel() ** 0.5  # [B]
-                total = total + ((x - y).flatten(1).norm(dim=1) / scale).mean()
-        return total / len(self.scales)
+        pairs = [(mel(estimate[:, 0]), mel(target[:, 0])) for mel in self.scales]
+        return sum(self.compare(x, y, log_only) for x, y in pairs) / len(self.scales)
 
 
-def _log10(mel: Tensor) -> Tensor:
-    return (mel + LOG_FLOOR).log10()
-
-
-def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss, mean over the sub-discriminators; real and fake [B, 1, L] in one pass."""
-    logits, _ = discriminator(torch.cat([real, fake]))  # per scale [2B, 1, frames, bins]
-    total = real.new_zeros(())
-    for scale in logits:
-        on_real, on_fake = scale.chunk(2)
-        total = total + F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
-    return total / len(logits)
-
-
-def generator_losses(discriminator: nn.Module, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """{"adversarial": hinge, "feature": relative L1 of the feature maps (equation 2)}."""
-    with torch.no_grad():
-        _, real_maps = discriminator(real)
-    logits, fake_maps = discriminator(fake)
-    adversarial = torch.stack([F.relu(1 - scale).mean() for scale in logits]).mean()
-    feature = [
-        F.l1_loss(x, y) / y.abs().mean().clamp(min=1e-6)
-        for of_fake, of_real in zip(fake_maps, real_maps, strict=True)
-        for x, y in zip(of_fake, of_real, strict=True)
-    ]
-    return {"adversarial": adversarial, "feature": torch.stack(feature).mean()}
+def _compare(x: Tensor, y: Tensor, log_only: bool) -> Tensor:
+    """The distance of mel magnitudes [B, num_mels, frames] at one scale."""
+    distance = F.l1_loss((x + LOG_FLOOR).log10(), (y + LOG_FLOOR).log10())
+    if log_only:
+        return distance
+    scale = y.flatten(1).norm(dim=1) + QUIET * y[0].numel() ** 0.5  # [B]
+    return distance + ((x - y).flatten(1).norm(dim=1) / scale).mean()
 
 
 class Balancer:
@@ -90,10 +66,11 @@ class Balancer:
     are means over the batch. A weight then says a share, whatever the scale of its loss.
     """
 
-    def __init__(self, weights: dict[str, float], decay: float = 0.99):
+    def __init__(self, weights: dict[str, float], device: torch.device, decay: float = 0.99):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.decay = decay
-        self.state: dict[str, Tensor] = {}  # name -> [sum of norms, sum of weights], decayed
+        # name -> [sum of norms, sum of weights], decayed; changed in place, as CUDA graphs need it
+        self.state = {name: torch.zeros(2, device=device) for name in self.weights}
 
     def gradient(self, losses: dict[str, Tensor], wav: Tensor, accelerator: Accelerator) -> Tensor:
         """The balanced gradient with respect to wav [B, 1, L]; every graph up to wav is used up."""
@@ -107,8 +84,9 @@ class Balancer:
         total = sum(self.weights[name] for name in names)
         balanced = torch.zeros_like(wav)
         for name, gradient, norm in zip(names, gradients, mean_norms, strict=True):
-            old = self.state.get(name, torch.zeros(2, device=wav.device)).to(wav.device)
-            self.state[name] = old * self.decay + torch.stack([norm, torch.ones_like(norm)])
-            average = self.state[name][0] / self.state[name][1]
+            state = (
+                self.state[name].mul_(self.decay).add_(torch.stack([norm, torch.ones_like(norm)]))
+            )
+            average = state[0] / state[1]
             balanced += gradient * (self.weights[name] / total / (average + 1e-12))
         return balanced / len(wav)

@@ -25,6 +25,7 @@ from configs.codec_schema import CodecOptimConfig, CodecTrainConfig
 from configs.load import check_same_config, load_config, save_config
 from data.audio import save_audio
 from data.segments import RandomSegments, decode_recordings, find_split, spread
+from model.captured import Captured
 from model.checkpoint import (
     find_checkpoint,
     read_state,
@@ -32,17 +33,12 @@ from model.checkpoint import (
     rotate_checkpoints,
     save_checkpoint,
 )
-from model.codec import Codec, build_discriminator, initialise_weights, load_codec
+from model.codec import Codec, initialise_weights, load_codec
 from model.codec_training import CodecTraining
+from model.discriminator import Discriminator
 from model.optim import load_optimizer_tensors, optimizer_tensors
 from scripts.cli import end_with_launcher, make_parser, run_cli
-from scripts.codec_losses import (
-    MEL_SCALES,
-    Balancer,
-    MelDistance,
-    discriminator_loss,
-    generator_losses,
-)
+from scripts.codec_losses import MEL_SCALES, Balancer, MelDistance
 from scripts.codec_metrics import mean, mel_distance, stoi
 from scripts.run_log import RunLog, environment
 
@@ -123,7 +119,9 @@ class Trainer:
         self.valid = decode_recordings(spread(valid, train.num_valid_clips), model.sample_rate)
         length = max(data.segment_seconds * model.sample_rate, MEL_SCALES[-1][0])
         length = math.ceil(length / model.hop_length) * model.hop_length
-        self.segments = RandomSegments(recordings, length, data.gain_db, train.seed, self.device)
+        self.segments = RandomSegments(
+            recordings, length, data.gain_db, train.seed, self.device, data.filter_db
+        )
         self.accelerator.print(
             f"train: {len(recordings.samples) / model.sample_rate / 3600:.2f} h in "
             f"{len(recordings.names)} recordings ({len(recordings.skipped)} skipped), "
@@ -138,15 +136,22 @@ class Trainer:
         initialise_weights(self.codec)
         self.average = Codec(model, weight_norm=True).to(self.device).eval().requires_grad_(False)
         self.average.load_state_dict(self.codec.state_dict())
-        self.training = CodecTraining(self.codec, loss.codebook_decay, loss.dead_code_share)
+        compile = self.config.train.compile
+        self.training = CodecTraining(
+            self.codec, loss.codebook_decay, loss.dead_code_share, compile
+        )
         windows, filters = loss.discriminator_windows, loss.discriminator_filters
-        self.discriminator = build_discriminator(windows, filters)
+        self.discriminator = Discriminator(windows, filters, compile)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.model = self._prepare("codec", self.training, optim.lr)
         self.judge = self._prepare("discriminator", self.discriminator, optim.discriminator_lr)
         names = ("time", "mel", "adversarial", "feature")
-        self.balancer = Balancer({name: getattr(loss, name) for name in names})
-        self.mel = MelDistance(model.sample_rate).to(self.device)
+        self.balancer = Balancer({name: getattr(loss, name) for name in names}, self.device)
+        self.mel = MelDistance(model.sample_rate, compile).to(self.device)
+        self.valid_mel = MelDistance(model.sample_rate).to(self.device)
+        captured = compile and self.device.type == "cuda" and self.accelerator.num_processes == 1
+        self.update = Captured(self._update) if captured else self._update
+        self.averaged = [list(x.state_dict().values()) for x in (self.average, self.codec)]
 
     def _start_from(self, folder: str) -> None:
         """The weights of another run's codec."""
@@ -157,13 +162,24 @@ class Trainer:
     def _prepare(self, name: str, module: nn.Module, lr: float) -> nn.Module:
         """The module as it is to be called; adds its optimiser."""
         parameters, betas = module.to(self.device).parameters(), self.config.optim.betas
-        optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=0.0, fused=True)
+        on_gpu = self.device.type == "cuda"  # there the rate is a tensor, for CUDA graphs
+        rate = torch.tensor(lr, device=self.device) if on_gpu else lr
+        optimizer = torch.optim.AdamW(
+            parameters, rate, betas, weight_decay=0.0, fused=True, capturable=on_gpu
+        )
         module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         return module
 
-    def _update(self, name: str) -> None:
-        self.optimizers[name].step()
-        self.optimizers[name].zero_grad()
+    def _set_rates(self, share: float) -> None:
+        """Every optimiser's learning rate to `share` of the configured one."""
+        optim = self.config.optim
+        rates = {"codec": optim.lr, "discriminator": optim.discriminator_lr}
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(share * rates[name])
+                else:
+                    group["lr"] = share * rates[name]
 
     def save(self) -> None:
         """Write a checkpoint and, with the averaged weights, the codec. Every process calls it."""
@@ -186,15 +202,14 @@ class Trainer:
             tensors = read_tensors(folder, f"{name}_optimizer")
             load_optimizer_tensors(optimizer, getattr(self, name), tensors)
         balancer = read_tensors(folder, "balancer")
-        self.balancer.state = {name: value.to(self.device) for name, value in balancer.items()}
+        for name, value in balancer.items():
+            self.balancer.state[name].copy_(value)
         self.step = read_state(folder)["step"]
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step of the codec and, mostly, of the discriminator; losses on device."""
         config, loss, step = self.config, self.config.loss, self.step
-        share = rate_share(step, config.train.steps, config.optim)
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = share * optimizer.defaults["lr"]
+        self._set_rates(rate_share(step, config.train.steps, config.optim))
         wav = self.segments.batch(step, self.rank, config.train.batch_size)
         num_codebooks, restarts, coin = step_draws(config, step, self.rank)
         num_codebooks, restarts = num_codebooks.to(self.device), restarts.to(self.device)
@@ -203,23 +218,39 @@ class Trainer:
             self._fit_codebooks(restarts)
         self.model.train()
         quantize = started or step >= loss.quantize_from_step
+        learn = coin and step >= loss.adversarial_from_step - DISCRIMINATOR_LEAD
+        variant = (quantize, learn, step >= loss.adversarial_from_step)
+        losses = self.update(variant, wav=wav, num_codebooks=num_codebooks, restarts=restarts)
+        self._update_average()
+        self.step += 1
+        return losses
+
+    def _update(
+        self, variant: tuple[bool, bool, bool], wav: Tensor, num_codebooks: Tensor, restarts: Tensor
+    ) -> dict[str, Tensor]:
+        """The step on the device; variant: whether to quantize, to learn to judge, to be judged."""
+        quantize, learn, adversarial = variant
+        judged = math.ceil(self.config.loss.judged_share * len(wav))  # clips come in random order
         decoded, commitment, error = self.model(wav, num_codebooks, restarts, quantize)
         losses = {"time": F.l1_loss(decoded, wav), "mel": self.mel(decoded, wav)}
         logged = {"commitment": commitment, "quantizer_error": error}
-        if coin and step >= loss.adversarial_from_step - DISCRIMINATOR_LEAD:
-            logged["discriminator"] = discriminator_loss(self.judge, wav, decoded.detach())
+        if learn:
+            logged |= self.judge(wav[:judged], decoded[:judged], learn=True)
             self.accelerator.backward(logged["discriminator"])
-            self._update("discriminator")
-        if step >= loss.adversarial_from_step:
-            losses |= generator_losses(self.discriminator, wav, decoded)
+            self._step("discriminator")
+        if adversarial:
+            losses |= self.discriminator(wav[:judged], decoded[:judged], learn=False)
         gradient = self.balancer.gradient(losses, decoded, self.accelerator)
         torch.autograd.backward(
-            [decoded, loss.commitment * commitment], [gradient, torch.ones_like(commitment)]
+            [decoded, self.config.loss.commitment * commitment],
+            [gradient, torch.ones_like(commitment)],
         )
-        self._update("codec")
-        self._update_average()
-        self.step += 1
+        self._step("codec")
         return {name: value.detach() for name, value in (losses | logged).items()}
+
+    def _step(self, name: str) -> None:
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad()
 
     @torch.no_grad()
     def _fit_codebooks(self, restarts: Tensor) -> None:
@@ -236,8 +267,7 @@ class Trainer:
     def _update_average(self) -> None:
         """EMA of the weights and codebooks; its decay grows from 0.1, so that early steps fade."""
         decay = min(self.config.optim.ema_decay, (1 + self.step) / (10 + self.step))
-        averages, values = (list(c.state_dict().values()) for c in (self.average, self.codec))
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        torch._foreach_lerp_(*self.averaged, 1 - decay)
 
     def fit(self) -> None:
         """Train to the last step or a signal; validate and save every so often and at the end."""
@@ -285,7 +315,7 @@ class Trainer:
                 "checkpoint with a lower optim.lr"
             )
         values["usage"] = float(self.training.usage().mean())
-        values["lr"] = self.optimizers["codec"].param_groups[0]["lr"]
+        values["lr"] = float(self.optimizers["codec"].param_groups[0]["lr"])
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._record("train", values)
@@ -305,7 +335,7 @@ class Trainer:
                 with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # L varies
                     codes = self.average.encode(wav[None])
                     decoded = self.average.decode(codes, length=wav.shape[-1])[0]
-                mels.append(mel_distance(self.mel, decoded, wav))
+                mels.append(mel_distance(self.valid_mel, decoded, wav))
                 stois.append(stoi(decoded, wav, rate))
                 if i < self.config.train.num_samples:
                     save_audio(self.out / "samples" / f"{i}_original.wav", wav, rate)

@@ -265,7 +265,7 @@ def test_mel_distance_orders_reconstructions():
 
 
 def test_balancer_gives_each_loss_its_share():
-    balancer = Balancer({"small": 1.0, "large": 3.0, "unused": 0.0})
+    balancer = Balancer({"small": 1.0, "large": 3.0, "unused": 0.0}, torch.device("cpu"))
     wav = torch.zeros(2, 1, 4, requires_grad=True)
     directions = torch.eye(4)
     losses = {
@@ -276,3 +276,16 @@ def test_balancer_gives_each_loss_its_share():
     gradient = balancer.gradient(losses, wav, Accelerator())
     expected = torch.tensor([0.25, 0.75, 0.0, 0.0]) / 2  # shares; the batch has two clips
     torch.testing.assert_close(gradient, expected.expand(2, 1, 4))
+
+
+def test_filters_stay_within_their_range(audio):
+    recordings = decode_recordings(find_split(audio, "train"), RATE)
+    segments = RandomSegments(recordings, 4000, (0.0, 0.0), seed=0)
+    filtered = RandomSegments(recordings, 4000, (0.0, 0.0), seed=0, filter_db=6.0)
+    plain, wav = segments.batch(3, 0, 8), filtered.batch(3, 0, 8)
+    assert torch.equal(wav, filtered.batch(3, 0, 8))
+    assert not torch.equal(wav, filtered.batch(4, 0, 8))
+    before, after = (torch.fft.rfft(x).abs() for x in (plain, wav))  # [8, 1, bins]
+    loud = before > 1e-3 * before.max()
+    gain_db = 20 * (after / before)[loud].log10()
+    assert 3 < gain_db.abs().max() < 6.01
