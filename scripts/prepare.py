@@ -1,7 +1,7 @@
 """Turn recordings into a token folder, once: training then never touches a waveform.
 
-Interrupted? Run the same command again: finished shards are kept. Several processes share the
-shards and write the same bytes as one; on a CPU each uses one core, so launch as many as there are.
+Interrupted? Run the same command again: finished shards are kept. One process keeps one GPU or all
+CPU cores busy; several, one for each GPU, share the shards and write the same bytes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from configs.files import write_json
-from data.audio import Recording, audio_seconds, find_recordings, read_audio, resample
+from data.audio import Recording, audio_seconds, find_recordings
 from data.shards import (
     HEADER_FILE,
     SKIPPED_FILE,
@@ -34,6 +34,7 @@ from data.shards import (
 from model.codec import Codec, load_codec
 from model.semantic import SemanticTokenizer, load_semantic
 from scripts.cli import make_parser, run_cli
+from scripts.encoding import Encoder, Machine, Tokens, cut_batches, reason_of
 
 EXAMPLES = """\
   python -m scripts.prepare --audio recordings --out tokens/mine
@@ -42,8 +43,6 @@ EXAMPLES = """\
   python -m scripts.prepare --audio recordings --out tokens/24khz --codec encodec_24khz"""
 
 SETTINGS_FILE = "prepare.json"
-SILENT_PEAK = 1e-3
-"""A recording that never exceeds this (-60 dB) holds no speech."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,12 @@ def prepare(
     rank: int = 0,
     world: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
-    device: str | torch.device = "cpu",
+    machine: Machine | None = None,
 ) -> None:
     """Encode this process's shards (those with index % world == rank) into the folder `out`.
 
     Rank 0 also checks the folder first and finishes it last. ValueError: `out` begun with other
-    settings or full of other files, not one usable recording.
+    settings or full of other files, not one usable recording, too small a GPU.
     """
     out, options, show, started = Path(out), options or Options(), rank == 0, time.monotonic()
     tokenizers = tokenizer_facts(codec, semantic)
@@ -100,30 +99,63 @@ def prepare(
     todo = [index for index in range(len(shards)) if not shard_file(out, index).is_file()]
     if show and len(todo) < len(shards):
         print(f"continuing {out}: {len(shards) - len(todo)} of {len(shards)} shards are finished")
-    reasons = look(recordings, options, show)
-    usable = [recording for recording in recordings if recording.name not in reasons]
-    splits = assign_splits(usable, options.valid, options.test)
-    mine = [index for index in todo if index % world == rank]
-    num_files = sum(len(shards[index]) for index in mine)
-    bar = tqdm(total=num_files, desc="encoding", unit="file", disable=None if show else True)
-    for done, index in enumerate(mine, start=1):
-        clips, skipped = [], []
-        for recording in shards[index]:
-            try:
-                if recording.name in reasons:
-                    raise ValueError(reasons[recording.name])
-                clips.append(encode(recording, splits[recording.name], codec, semantic, device))
-            except ValueError as error:
-                skipped.append({"name": recording.name, "reason": _reason(error, recording)})
-            bar.update()
-        write_shard(out, index, clips, skipped)
-        if show and bar.disable:
-            print(f"shard {done} of {len(mine)}", file=sys.stderr)
-    bar.close()
+    with Encoder(codec, semantic, machine or Machine()) as encoder:
+        seconds, reasons = look(shards, options, encoder, show)
+        usable = [recording for recording in recordings if recording.name in seconds]
+        splits = assign_splits(usable, options.valid, options.test)
+        mine = {index: shards[index] for index in todo if index % world == rank}
+        encode_shards(mine, encoder, seconds, reasons, splits, out, show)
     wait_for_everyone()
     if show:
         write_header(out, **tokenizers, num_shards=len(shards), repeated=repeated)
-        print(f"prepared {out} in {time.monotonic() - started:.0f} s\n{describe(out)}")
+        elapsed = time.monotonic() - started
+        audio = sum(seconds.get(r.name, 0) for index in todo for r in shards[index])
+        print(f"prepared {out} in {elapsed:.0f} s, {audio / elapsed:,.0f} times real time")
+        steps = ", ".join(f"{step} {spent:.1f} s" for step, spent in encoder.spent.items())
+        print(
+            f"  time of all threads (--workers {encoder.machine.workers}): {steps}\n{describe(out)}"
+        )
+
+
+def encode_shards(
+    shards: dict[int, list[Recording]],
+    encoder: Encoder,
+    seconds: dict[str, float],
+    reasons: dict[str, str],
+    splits: dict[str, str],
+    out: Path,
+    show: bool,
+) -> None:
+    """Encode and write `shards` one by one; while one is encoded, the next ones are decoded."""
+    usable = ([r for r in shard if r.name in seconds] for shard in shards.values())
+    limit = encoder.machine.batch_seconds
+    stream = encoder.encode(
+        batch for shard in usable for batch in cut_batches(shard, seconds, limit)
+    )
+    num_files = sum(map(len, shards.values()))
+    bar = tqdm(total=num_files, desc="encoding", unit="file", disable=None if show else True)
+    for done, (index, shard) in enumerate(shards.items(), start=1):
+        found = {r.name: reasons[r.name] for r in shard if r.name in reasons}
+        bar.update(len(found))
+        while len(found) < len(shard):
+            batch = next(stream)
+            found |= batch
+            bar.update(len(batch))
+        clips = [
+            EncodedClip(r.name, splits[r.name], r.speaker, r.text, **vars(tokens))
+            for r in shard
+            if isinstance(tokens := found[r.name], Tokens)
+        ]
+        skipped = [
+            {"name": r.name, "reason": found[r.name]}
+            for r in shard
+            if isinstance(found[r.name], str)
+        ]
+        with encoder.clock("writing"):
+            write_shard(out, index, clips, skipped)
+        if show and bar.disable:
+            print(f"shard {done} of {len(shards)}", file=sys.stderr)
+    bar.close()
 
 
 def tokenizer_facts(codec: Codec, semantic: SemanticTokenizer) -> dict[str, dict]:
@@ -186,10 +218,12 @@ def open_folder(out: Path, settings: dict) -> None:
         write_json(path, settings)
 
 
-def look(recordings: list[Recording], options: Options, show: bool) -> dict[str, str]:
-    """Name -> why it is left out, of the recordings whose header alone rules them out."""
-    reasons = {}
-    for recording in tqdm(recordings, desc="looking", leave=False, disable=None if show else True):
+def look(
+    shards: list[list[Recording]], options: Options, encoder: Encoder, show: bool
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Name -> length in seconds, and name -> why it is left out, going by the files' headers."""
+
+    def look_at(recording: Recording) -> float | str:
         try:
             length = audio_seconds(recording.path)
             if length == 0:
@@ -199,8 +233,23 @@ def look(recordings: list[Recording], options: Options, show: bool) -> dict[str,
             if length > options.max_seconds:
                 raise ValueError(f"too long ({length:.1f} s)")
         except ValueError as error:
-            reasons[recording.name] = _reason(error, recording)
-    return reasons
+            return reason_of(error, recording)
+        return length
+
+    def look_through(shard: list[Recording]) -> dict[str, float | str]:
+        with encoder.clock("looking"):
+            return {recording.name: look_at(recording) for recording in shard}
+
+    seconds, reasons = {}, {}
+    found = encoder.ahead(lambda shard: encoder.pool.submit(look_through, shard), shards)
+    hidden = None if show else True
+    for shard in tqdm(found, "looking", len(shards), leave=False, unit="shard", disable=hidden):
+        for name, length in shard.items():
+            if isinstance(length, str):
+                reasons[name] = length
+            else:
+                seconds[name] = length
+    return seconds, reasons
 
 
 def assign_splits(recordings: list[Recording], valid: float, test: float) -> dict[str, str]:
@@ -241,26 +290,6 @@ def assign_splits(recordings: list[Recording], valid: float, test: float) -> dic
     return splits | {name: place[key] for key, names in groups.items() for name in names}
 
 
-def encode(
-    recording: Recording,
-    split: str,
-    codec: Codec,
-    semantic: SemanticTokenizer,
-    device: str | torch.device,
-) -> EncodedClip:
-    """Both tokenizers' tokens of a recording. ValueError: damaged, empty, not finite or silent."""
-    wav, rate = read_audio(recording.path)  # [1, L]
-    peak = wav.abs().max().item()
-    if peak < SILENT_PEAK:
-        raise ValueError(f"silent (peak {peak:.5f})")
-    semantic_tokens, codes = (
-        model.encode(resample(wav, rate, model.sample_rate)[None].to(device))[0].cpu().numpy()
-        for model in (semantic, codec)
-    )  # [T_s], [K, T]
-    who = (recording.name, split, recording.speaker, recording.text)
-    return EncodedClip(*who, wav.shape[1] / rate, semantic_tokens, codes)
-
-
 def describe(out: Path) -> str:
     """Hours, clips, speakers, splits, tokens and skipped recordings of a finished folder."""
     header = read_header(out)
@@ -281,11 +310,6 @@ def describe(out: Path) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _reason(error: ValueError, recording: Recording) -> str:
-    """Without the path: the same on every machine."""
-    return str(error).removeprefix(f"{recording.path}: ")
-
-
 def _unit_hash(key: str) -> float:
     """[0, 1) from text, the same on every machine and run."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
@@ -298,11 +322,20 @@ def main() -> None:
     parser.add_argument("--codec", default="pretrained/codec_16khz", help="folder or encodec_24khz")
     parser.add_argument("--semantic", default="pretrained/semantic_mfcc", help="folder")
     parser.add_argument("--min-seconds", type=float, default=Options.min_seconds)
-    parser.add_argument("--max-seconds", type=float, default=Options.max_seconds)
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=Options.max_seconds,
+        help="longer recordings are left out; a worker needs 9 MiB a second for the longest",
+    )
     parser.add_argument("--valid", type=float, default=Options.valid, help="share, default 0.05")
     parser.add_argument("--test", type=float, default=Options.test, help="share, default 0")
     parser.add_argument("--shard-clips", type=int, default=Options.shard_clips)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--workers", type=int, help="threads; default: one for each core")
+    parser.add_argument(
+        "--batch-seconds", type=float, help="encoded at once; default: 10 on a CPU, 320 on a GPU"
+    )
     args = parser.parse_args()
 
     options = Options(args.min_seconds, args.max_seconds, args.valid, args.test, args.shard_clips)
@@ -312,16 +345,18 @@ def main() -> None:
     # a process that has finished its shards may wait long for the last one
     cpu = args.device == "cpu" or not torch.accelerator.is_available()
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
-    device = state.device
-    if device.type == "cpu":
-        # more threads add in another order, which changes a code now and then; processes scale
-        torch.set_num_threads(1)
-    codec, semantic = load_codec(args.codec, device), load_semantic(args.semantic, device)
+    # a GPU's convolutions would round to 10 bits (TF32) unasked: not the tokens of a CPU
+    torch.backends.cudnn.allow_tf32 = False
+    machine = Machine.with_defaults(state.device, args.workers, args.batch_seconds)
+    codec, semantic = (
+        load_codec(args.codec, state.device),
+        load_semantic(args.semantic, state.device),
+    )
     rank, world, wait = state.process_index, state.num_processes, state.wait_for_everyone
-    if device.type == "cpu" and world > 1:  # accelerate's own asks CUDA, where there is a GPU
+    if cpu and world > 1:  # accelerate's own asks CUDA, where there is a GPU
         wait = torch.distributed.barrier
     try:
-        prepare(recordings, codec, semantic, args.out, options, rank, world, wait, device)
+        prepare(recordings, codec, semantic, args.out, options, rank, world, wait, machine)
     except KeyboardInterrupt:
         if rank == 0:
             print("\nrun the same command again to continue", file=sys.stderr)

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from configs.codec_schema import CodecConfig
-from data.audio import Recording, find_recordings
+from data.audio import Recording, find_recordings, resample
 from data.shards import TokenFolder
 from model.codec import Codec
 from model.semantic import MfccConfig, MfccKMeans
@@ -31,6 +31,7 @@ class FakeCodec:
 
     name, sample_rate, hop_length, frame_rate = "fake", 8_000, 200, 40.0
     num_codebooks, codebook_size, fingerprint = 2, 256, "00000000000000fa"
+    config = CodecConfig(causal=True)
 
     def __init__(self, stop_after=None):
         self.encoded, self.stop_after = 0, stop_after
@@ -38,10 +39,10 @@ class FakeCodec:
     def encode(self, wav):
         if self.encoded == self.stop_after:
             raise KeyboardInterrupt
-        self.encoded += 1
+        self.encoded += len(wav)
         wav = torch.nn.functional.pad(wav, (0, -wav.shape[2] % self.hop_length))
-        loud = wav.view(1, 1, -1, self.hop_length).abs().amax(3)  # [1, 1, T]
-        return (torch.cat([loud, loud / 2], dim=1).clamp(max=1) * 255).long()  # [1, 2, T]
+        loud = wav.view(len(wav), 1, -1, self.hop_length).abs().amax(3)  # [B, 1, T]
+        return (torch.cat([loud, loud / 2], dim=1).clamp(max=1) * 255).long()  # [B, 2, T]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_tokens_are_those_of_the_tokenizers(audio, semantic, tmp_path):
         wav = torch.from_numpy(samples)[None, None]
         semantic_tokens, codes = tokens.read(clip)
         assert np.array_equal(semantic_tokens, semantic.encode(wav)[0])
-        halved = script.resample(wav, RATE, 8_000)
+        halved = resample(wav, RATE, 8_000)
         assert np.array_equal(codes, codec.encode(halved)[0])
         assert codes.max() > 20
         assert clip.duration == pytest.approx(len(samples) / RATE, abs=1e-4)
@@ -138,7 +139,7 @@ def test_any_number_of_processes_writes_the_same_bytes(audio, semantic, tmp_path
 def test_an_interrupted_run_continues_and_encodes_nothing_twice(audio, semantic, tmp_path, capsys):
     recordings, options = find_recordings(audio), Options(shard_clips=3)
     prepare(recordings, FakeCodec(), semantic, tmp_path / "whole", options)
-    first, second = FakeCodec(stop_after=7), FakeCodec()
+    first, second = FakeCodec(stop_after=6), FakeCodec()
     with pytest.raises(KeyboardInterrupt):
         prepare(recordings, first, semantic, tmp_path / "out", options)
     with pytest.raises(ValueError, match=r"no header\.json"):
@@ -338,7 +339,8 @@ def test_a_launcher_writes_what_plain_python_writes(
 ):
     arguments = ["--audio", audio, *tokenizers, "--shard-clips", 3, "--device", "cpu", "--out"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launched = command(*arguments, tmp_path / "two", launcher=launcher)
+    faster = ["--workers", 2, "--batch-seconds", 1.5]
+    launched = command(*arguments, tmp_path / "two", *faster, launcher=launcher)
     assert launched.returncode == 0, launched.stderr
     assert launched.stdout.count("prepared") == 1  # the main process alone speaks
     monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments), str(tmp_path / "one")])
