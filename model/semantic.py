@@ -1,15 +1,16 @@
 """Semantic tokenizers: wav -> one coarse "what is said" token per 20 ms.
 
-Both kinds cluster frame features with k-means and name each frame by its nearest centroid:
-`MfccKMeans` (MFCC + deltas, needs no download) and `HubertKMeans` (a HuBERT layer; Hsu et al. 2021,
-used as AudioLM uses w2v-BERT). A tokenizer lives in a folder: `config.json` says how features are
-made, `semantic.safetensors` holds mean, std [F] and centroids [num_tokens, F].
+All kinds cluster frame features with k-means and name each frame by its nearest centroid:
+`MfccKMeans` (MFCC + deltas), `SmallHubertKMeans` (a layer of a HuBERT trained here; Hsu et al.
+2021, used as AudioLM uses w2v-BERT) and `HubertKMeans` (of a published one). A tokenizer lives in
+a folder: `config.json` says how features are made, `semantic.safetensors` holds mean, std [F],
+centroids [num_tokens, F] and, under `hubert.`, the small HuBERT's weights up to that layer.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,9 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.files import atomic_write, write_json
+from configs.semantic_schema import SmallHubertConfig
+from model.hubert import HOP_LENGTH, SAMPLE_RATE, WINDOW_LENGTH, build_hubert, pad_to_frames
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "semantic.safetensors"
+HUBERT = "hubert."  # before the names of a small HuBERT's weights
 HUBERT_NAMES = ("hubert_base", "hubert_large", "hubert_xlarge")
 
 
@@ -59,6 +63,21 @@ class HubertConfig:
     """Of the tensors in use: the centroids mean nothing on top of other weights."""
 
 
+@dataclass(frozen=True)
+class SmallHubertFeatures:
+    """Features of `SmallHubertKMeans`: the output of layer `layer` of a HuBERT trained here."""
+
+    kind: Literal["small_hubert"] = "small_hubert"
+    sample_rate: int = SAMPLE_RATE
+    hop_length: int = HOP_LENGTH
+    window_length: int = WINDOW_LENGTH
+    layer: int = 6
+    architecture: SmallHubertConfig = field(default_factory=SmallHubertConfig)
+
+
+FeatureConfig = MfccConfig | HubertConfig | SmallHubertFeatures
+
+
 class SemanticTokenizer(nn.Module):
     """Frame features [F], normalised, named by the nearest of `num_tokens` centroids.
 
@@ -70,7 +89,7 @@ class SemanticTokenizer(nn.Module):
     std: Tensor  # [F]
     centroids: Tensor  # [num_tokens, F]
 
-    def __init__(self, config: MfccConfig | HubertConfig, num_features: int):
+    def __init__(self, config: FeatureConfig, num_features: int):
         super().__init__()
         self.config, self.name, self.num_features = config, "", num_features
         self.sample_rate, self.hop_length = config.sample_rate, config.hop_length
@@ -90,18 +109,28 @@ class SemanticTokenizer(nn.Module):
         digest.update(_hash_tensors(self._tensors()).encode())
         return digest.hexdigest()[:16]
 
-    def features(self, wav: Tensor) -> Tensor:
+    def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
         """wav [B, 1, L] at `sample_rate` -> raw features [B, T, F], T = ceil(L / hop_length)."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode(self, wav: Tensor) -> Tensor:
+    def encode(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
         """wav [B, 1, L] -> semantic_tokens [B, T] int64, T = ceil(L / hop_length).
 
-        Every wav of a batch is taken to be L long: padded clips would get tokens of silence.
+        `lengths` [B], in samples, is for clips padded with zeros on the right: the first
+        ceil(lengths[b] / hop_length) tokens are those of clip b alone, and 0 follows.
         """
-        features = (self.features(wav) - self.mean) / self.std
-        return nearest_centroid(features.flatten(0, 1), self.centroids).view(features.shape[:2])
+        lengths = None if lengths is None else lengths.to(wav.device)
+        features = (self.features(wav, lengths) - self.mean) / self.std
+        tokens = nearest_centroid(features.flatten(0, 1), self.centroids).view(features.shape[:2])
+        if lengths is None:
+            return tokens
+        position = torch.arange(tokens.shape[1], device=wav.device)  # [T]
+        return tokens.masked_fill(position >= self.num_frames(lengths)[:, None], 0)
+
+    def num_frames(self, lengths: Tensor) -> Tensor:
+        """Samples -> frames: ceil(length / hop_length), at least 1."""
+        return (lengths + self.hop_length - 1).div(self.hop_length, rounding_mode="floor").clamp(1)
 
     def set_codebook(self, mean: Tensor, std: Tensor, centroids: Tensor) -> None:
         """mean, std [F] of the raw features; centroids [num_tokens, F] of the normalised ones."""
@@ -125,14 +154,8 @@ class SemanticTokenizer(nn.Module):
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _pad(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop): exactly T windows fit.
-
-        Zeros on the right up to T whole hops, then (window - hop) / 2 on both sides: window t is
-        centred on codec frame t.
-        """
-        overlap = self.config.window_length - self.hop_length
-        right = -wav.shape[2] % self.hop_length + overlap - overlap // 2
-        return F.pad(wav, (overlap // 2, right)).squeeze(1)
+        """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop)."""
+        return pad_to_frames(wav.squeeze(1), self.config.window_length, self.hop_length)
 
 
 class MfccKMeans(SemanticTokenizer):
@@ -154,19 +177,55 @@ class MfccKMeans(SemanticTokenizer):
         )
 
     @torch.no_grad()
-    def features(self, wav: Tensor) -> Tensor:
-        """wav [B, 1, L] -> MFCC, deltas and delta-deltas [B, T, 3 * num_mfcc]."""
-        mfcc = self.mfcc(self._pad(wav))  # [B, num_mfcc, T]
-        delta = torchaudio.functional.compute_deltas(mfcc, self.config.delta_window)
-        delta2 = torchaudio.functional.compute_deltas(delta, self.config.delta_window)
-        return torch.cat([mfcc, delta, delta2], dim=1).transpose(1, 2)  # [B, F, T] -> [B, T, F]
+    def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """wav [B, 1, L] -> MFCC, deltas and delta-deltas [B, T, 3 * num_mfcc].
+
+        Deltas take the last frame to go on for ever: that of each clip, given `lengths` [B].
+        """
+        features = [self.mfcc(self._pad(wav))]  # [B, num_mfcc, T]
+        source = torch.arange(features[0].shape[2], device=wav.device)[None, None]  # [1, 1, T]
+        if lengths is not None:
+            source = source.minimum(self.num_frames(lengths)[:, None, None] - 1)  # [B, 1, T]
+        for _ in range(2):
+            held = features[-1].gather(2, source.expand_as(features[-1]))
+            features.append(torchaudio.functional.compute_deltas(held, self.config.delta_window))
+        return torch.cat(features, dim=1).transpose(1, 2)  # [B, F, T] -> [B, T, F]
+
+
+class SmallHubertKMeans(SemanticTokenizer):
+    """A layer of a HuBERT trained by scripts.train_semantic; `weights` are as in `build_hubert`.
+
+    Self-attention sees the whole clip: a crop's tokens can differ. ValueError: no such layer, or
+    weights of another architecture.
+    """
+
+    def __init__(self, config: SmallHubertFeatures, weights: dict[str, Tensor]):
+        super().__init__(config, num_features=config.architecture.dim)
+        self.hubert = build_hubert(config.architecture, weights, config.layer)
+
+    @torch.no_grad()
+    def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """wav [B, 1, L] -> the output of layer `layer` [B, T, dim]."""
+        padded = self._pad(wav)
+        if lengths is not None:  # of the samples under whole windows
+            overlap = self.config.window_length - self.hop_length
+            lengths = self.num_frames(lengths) * self.hop_length + overlap
+        layers, _ = self.hubert.extract_features(padded, lengths, num_layers=self.config.layer)
+        return layers[-1]  # [B, T, F]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """fp16 holds these weights exactly: they have been through it."""
+        weights = {f"{HUBERT}{k}": v.half().cpu() for k, v in self.hubert.state_dict().items()}
+        return {**super()._tensors(), **weights}
 
 
 class HubertKMeans(SemanticTokenizer):
-    """A HuBERT layer's features. `folder` is what `config.weights` is relative to.
+    """A published HuBERT's layer. `folder` is what `config.weights` is relative to.
 
-    Self-attention sees the whole clip: a crop's tokens can differ. ValueError: unknown model, no
-    network, unreadable weights, or not those the centroids belong to.
+    Self-attention sees the whole clip: a crop's tokens can differ. Clips of a padded batch are
+    encoded one by one, for base's group norm and the others' input norm run over time: there
+    padding would leak. ValueError: unknown model, no network, unreadable weights, or not those the
+    centroids belong to.
     """
 
     def __init__(self, config: HubertConfig | None = None, folder: str | Path = "."):
@@ -194,8 +253,13 @@ class HubertKMeans(SemanticTokenizer):
         self.hubert = hubert.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def features(self, wav: Tensor) -> Tensor:
+    def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
         """wav [B, 1, L] -> the output of layer `layer` [B, T, encoder_embed_dim]."""
+        if lengths is not None:
+            T = -(-wav.shape[2] // self.hop_length)
+            pairs = zip(wav, lengths.tolist(), strict=True)
+            clips = [self.features(clip[None, :, :n])[0] for clip, n in pairs]  # [T_b, F]
+            return torch.stack([F.pad(clip, (0, 0, 0, T - len(clip))) for clip in clips])
         if self.config.model != "hubert_base":  # the larger ones were trained on normalised wavs
             wav = F.layer_norm(wav, wav.shape[-1:])  # before any padding
         layers, _ = self.hubert.extract_features(self._pad(wav), num_layers=self.config.layer)
@@ -214,18 +278,31 @@ def load_semantic(name: str, device: str | torch.device = "cpu") -> SemanticToke
             "pretrained/semantic_mfcc or a folder made by scripts.fit_kmeans"
         )
     try:
-        entries = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        config = {"mfcc": MfccConfig, "hubert": HubertConfig}[entries["kind"]](**entries)
+        config = _read_config(folder / CONFIG_FILE)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG_FILE}: damaged or not ours ({error!r})") from None
-    is_mfcc = isinstance(config, MfccConfig)
-    tokenizer = MfccKMeans(config) if is_mfcc else HubertKMeans(config, folder)
+    if isinstance(config, HubertConfig):
+        tokenizer: SemanticTokenizer = HubertKMeans(config, folder)
     try:
-        tokenizer.set_codebook(**safetensors.torch.load_file(tensor_file))
+        tensors = safetensors.torch.load_file(tensor_file)
+        weights = {k[len(HUBERT) :]: tensors.pop(k) for k in [*tensors] if k.startswith(HUBERT)}
+        if isinstance(config, SmallHubertFeatures):
+            tokenizer = SmallHubertKMeans(config, weights)
+        elif isinstance(config, MfccConfig):
+            tokenizer = MfccKMeans(config)
+        tokenizer.set_codebook(**tensors)
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{tensor_file}: damaged or not ours ({error})") from None
     tokenizer.name = name
     return tokenizer.to(device).eval()
+
+
+def _read_config(path: Path) -> FeatureConfig:
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if entries["kind"] == "small_hubert":
+        entries["architecture"] = SmallHubertConfig(**entries["architecture"])
+        return SmallHubertFeatures(**entries)
+    return {"mfcc": MfccConfig, "hubert": HubertConfig}[entries["kind"]](**entries)
 
 
 def nearest_centroid(features: Tensor, centroids: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from torch.distributions import Categorical
 from tqdm import tqdm
 
 from data.audio import Recording, find_recordings, load_audio
+from model.hubert import load_hubert
 from model.semantic import (
     HUBERT_NAMES,
     HubertConfig,
     HubertKMeans,
     MfccKMeans,
     SemanticTokenizer,
+    SmallHubertFeatures,
+    SmallHubertKMeans,
     nearest_centroid,
 )
 from scripts.cli import find_device, make_parser, run_cli
@@ -24,6 +27,8 @@ EXAMPLES = """\
   python -m scripts.fit_kmeans --audio recordings --out runs/semantic_mine
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
       --features mfcc --num-tokens 500 --out pretrained/semantic_mfcc --force
+  python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
+      --features runs/hubert2 --layer 6 --device cuda --out pretrained/semantic_hubert
   python -m scripts.fit_kmeans --audio recordings --features hubert_base --layer 7 \\
       --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_hubert"""
 
@@ -134,11 +139,33 @@ def fit(
     return inertia, Categorical(counts.double()).perplexity().item()
 
 
+def make_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTokenizer:
+    """A tokenizer without codebook. ValueError: `features` is neither a name nor a folder."""
+    if features == "mfcc":
+        return MfccKMeans()
+    if features in HUBERT_NAMES:
+        return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
+    if not Path(features).is_dir():
+        names = ", ".join(("mfcc", *HUBERT_NAMES))
+        raise ValueError(f"--features {features}: none of {names}, nor a run of train_semantic")
+    architecture, tensors = load_hubert(features)
+    try:
+        return SmallHubertKMeans(
+            SmallHubertFeatures(layer=layer, architecture=architecture), tensors
+        )
+    except ValueError as error:
+        raise ValueError(f"{features}: {error}") from None
+
+
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
     parser.add_argument("--out", required=True, help="folder to write the tokenizer to")
-    parser.add_argument("--features", default="mfcc", choices=("mfcc", *HUBERT_NAMES))
+    parser.add_argument(
+        "--features",
+        default="mfcc",
+        help=f"mfcc (default), {', '.join(HUBERT_NAMES)} or the folder of a train_semantic run",
+    )
     parser.add_argument("--num-tokens", type=int, default=500, help="centroids (default 500)")
     parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
     parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
@@ -154,18 +181,13 @@ def main() -> None:
         raise ValueError(f"{out}: already exists; choose another --out or pass --force")
     if not 1 < args.num_tokens <= 65_536:
         raise ValueError(f"--num-tokens {args.num_tokens}: choose 2 to 65536 (tokens are uint16)")
-    if args.weights and args.features == "mfcc":
-        raise ValueError("--weights is for HuBERT features; drop it or pass --features")
+    if args.weights and args.features not in HUBERT_NAMES:
+        raise ValueError("--weights is for HuBERT by name; drop it or pass --features hubert_base")
     recordings = {recording.path: recording for recording in find_recordings(args.audio)}.values()
     recordings = [r for r in recordings if args.split in (None, r.split)]
     if not recordings:
         raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
-    if args.features == "mfcc":
-        tokenizer: SemanticTokenizer = MfccKMeans()
-    else:
-        tokenizer = HubertKMeans(
-            HubertConfig(model=args.features, layer=args.layer, weights=args.weights)
-        )
+    tokenizer = make_tokenizer(args.features, args.layer, args.weights)
     tokenizer = tokenizer.to(find_device(args.device)).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
     inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)

@@ -10,12 +10,17 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from safetensors.torch import load_file, save_file
 
+from configs.semantic_schema import SmallHubertConfig
+from model.hubert import MaskedPrediction
 from model.semantic import (
     HubertConfig,
     HubertKMeans,
     MfccConfig,
     MfccKMeans,
+    SmallHubertFeatures,
+    SmallHubertKMeans,
     load_semantic,
     nearest_centroid,
 )
@@ -200,6 +205,66 @@ def test_hubert_normalises_the_wav_before_padding(tmp_path):
     assert torch.allclose(tokenizer.features(wav), tokenizer.features(5 * wav + 0.1), atol=1e-3)
 
 
+def small_hubert(layer=2, seed=0, **changed):
+    torch.manual_seed(seed)
+    sizes = {"conv_channels": (8,) * 7, "dim": 16, "num_layers": 3, "num_heads": 2, "ff_dim": 32}
+    config = SmallHubertConfig(**sizes, position_kernel=8, position_groups=4, **changed)
+    weights = MaskedPrediction(config, 5).weights()
+    return SmallHubertKMeans(SmallHubertFeatures(layer=layer, architecture=config), weights)
+
+
+def make_tokenizer(kind, folder):
+    if kind == "mfcc":
+        return with_codebook(MfccKMeans())
+    if kind.startswith("hubert"):
+        return with_codebook(HubertKMeans(replace(tiny_hubert(folder)[1], model=kind), folder))
+    return with_codebook(small_hubert(norm_first=kind == "pre-norm"))
+
+
+@pytest.mark.parametrize("kind", ["mfcc", "pre-norm", "post-norm", "hubert_base", "hubert_large"])
+def test_a_padded_batch_has_the_tokens_of_each_clip_alone(kind, tmp_path):
+    tokenizer = make_tokenizer(kind, tmp_path)
+    lengths = [16_000, 9601, 9600, 3199, 320, 25]
+    clips = [noise(length, seed=i) * 3**i for i, length in enumerate(lengths)]
+    batch = torch.cat(
+        [torch.nn.functional.pad(clip, (0, 16_000 - clip.shape[2])) for clip in clips]
+    )
+    tokens = tokenizer.encode(batch, torch.tensor(lengths))
+    assert tokens.shape == (6, 50)
+    for row, clip in zip(tokens, clips, strict=True):
+        alone = tokenizer.encode(clip)[0]
+        assert torch.equal(row[: len(alone)], alone)
+        assert not row[len(alone) :].any()
+    unaware = tokenizer.features(batch)[3, :10]  # the test would see padding that leaks
+    assert not torch.allclose(unaware, tokenizer.features(clips[3])[0], atol=1e-3)
+
+
+def test_a_small_hubert_is_the_same_when_saved_and_loaded(tmp_path):
+    tokenizer = with_codebook(small_hubert())
+    tokenizer.save(tmp_path / "s")
+    loaded = load_semantic(str(tmp_path / "s"))
+    wav = noise(8000)
+    assert torch.equal(loaded.encode(wav), tokenizer.encode(wav))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert with_codebook(small_hubert(seed=1)).fingerprint != tokenizer.fingerprint
+    assert next(loaded.parameters()).dtype == torch.float32
+    stored = load_file(tmp_path / "s/semantic.safetensors")
+    kinds = {name.startswith("hubert."): tensor.dtype for name, tensor in stored.items()}
+    assert kinds == {True: torch.float16, False: torch.float32}
+    assert not any("transformer.layers.2" in name for name in stored)
+    for length in (1, 320, 321, 16_001):
+        assert loaded.encode(noise(length)).shape == (1, -(-length // 320))
+
+
+def test_a_small_hubert_without_its_weights_is_named(tmp_path):
+    with_codebook(small_hubert()).save(tmp_path)
+    tensors = load_file(tmp_path / "semantic.safetensors")
+    codebook = {name: tensor for name, tensor in tensors.items() if "hubert" not in name}
+    save_file(codebook, tmp_path / "semantic.safetensors")
+    with pytest.raises(ValueError, match=r"semantic\.safetensors.*weights of another architecture"):
+        load_semantic(str(tmp_path))
+
+
 def test_folders_that_are_none_are_named(mfcc, tmp_path):
     with pytest.raises(ValueError, match="not a semantic tokenizer"):
         load_semantic(str(tmp_path / "gone"))
@@ -293,9 +358,6 @@ def test_fit_from_a_folder_of_recordings(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, *args, tmp_path / "c", "--split", "train")
     with pytest.raises(ValueError, match="--weights is for HuBERT"):
         run_main(monkeypatch, *args, tmp_path / "c", "--weights", "x.pth")
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, *args, tmp_path / "c", "--features", "hubert_bass")
-    assert "invalid choice: 'hubert_bass'" in capsys.readouterr().err
 
 
 def test_the_shipped_tokenizer_loads_and_uses_its_tokens():
