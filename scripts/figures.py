@@ -1,16 +1,21 @@
-"""Figures without a plotting library: spectrograms as PNG, loss curves as SVG without colours."""
+"""Figures: spectrograms as PNG, loss curves as SVG without colours. The listening page's are made
+without a plotting library; `scripts.evaluate` draws axes with matplotlib, where it is installed."""
 
 import math
 import struct
 import zlib
 from html import escape
+from pathlib import Path
 
 import torch
 import torchaudio
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.files import atomic_write
+
 LEFT, RIGHT, TOP, BOTTOM = 26, 350, 8, 198  # of the plot inside a 360 x 220 drawing
+PICTURE_SECONDS = 4
 
 
 def spectrogram_png(
@@ -74,3 +79,35 @@ def loss_svg(
         beside = y(loss) + (14 if index else -5)
         svg += rule(loss, "level") + text((RIGHT, beside), "end", f"{name} {loss:.2f}")
     return f"<svg viewBox='0 0 360 220' role='img' aria-label='{escape(label)}'>{svg}</svg>"
+
+
+def draw_spectrograms(path: str | Path, clips: dict[str, dict[str, Tensor]], rate: int) -> None:
+    """A PNG with a row per clip and a column per version of it: {clip: {version: wav [L]}}.
+
+    Linear in kHz; dark = loud, 70 dB deep below the loudest of a row's first version. Up to
+    PICTURE_SECONDS each. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    widest = max(len(versions) for versions in clips.values())
+    size = (1 + 2.6 * widest, 0.5 + 2.3 * len(clips))
+    figure = Figure(figsize=size, layout="constrained", dpi=80)
+    axes = figure.subplots(len(clips), widest, squeeze=False, sharey=True)
+    n_fft = 2 * (rate // 60)  # 33 ms
+    for row, (name, versions) in zip(axes, clips.items(), strict=True):
+        loudest = None
+        for plot, (title, wav) in zip(row, versions.items(), strict=True):
+            wav = F.pad(wav, (0, max(0, n_fft - len(wav))))[: PICTURE_SECONDS * rate]
+            window = torch.hann_window(n_fft)
+            bins = torch.stft(wav, n_fft, rate // 250, window=window, return_complex=True)
+            decibels = 20 * (bins.abs() + 1e-6).log10()  # [n_fft / 2 + 1, T]
+            loudest = decibels.max() if loudest is None else loudest  # of the first, the original
+            extent = (0, len(wav) / rate, 0, rate / 2000)
+            limits = {"vmin": float(loudest - 70), "vmax": float(loudest), "cmap": "gray_r"}
+            plot.imshow(decibels.numpy(), origin="lower", aspect="auto", extent=extent, **limits)
+            plot.set_title(title, fontsize=9)
+            plot.tick_params(labelsize=7)
+            plot.set_xlabel("s", fontsize=8)
+        row[0].set_ylabel(f"{name}\nkHz", fontsize=8)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png")
