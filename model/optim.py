@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from configs.schema import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay on matrices, none on norms and embeddings."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, capturable: bool = False
+) -> torch.optim.AdamW:
+    """Fused AdamW; weight decay on matrices, none on norms and embeddings.
+
+    capturable: for CUDA graphs, with the learning rate in a tensor (`set_learning_rate`).
+    """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim >= 2 and p not in embeddings]
     others = [p for p in model.parameters() if p.ndim < 2 or p in embeddings]
@@ -19,7 +24,19 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+    device = next(model.parameters()).device
+    lr = torch.tensor(config.lr, device=device) if capturable else config.lr
+    betas = tuple(config.betas)
+    return torch.optim.AdamW(groups, lr, betas, fused=True, capturable=capturable)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of all groups; in place where it is a tensor, for a captured step reads it there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -1,4 +1,4 @@
-"""Measure what has been trained. One subcommand per thing measured; `codec` reconstructs clips."""
+"""Measure what has been trained: `codec` reconstructs clips, `semantic` compares tokenizers."""
 
 import argparse
 import math
@@ -22,6 +22,7 @@ from data.segments import find_split, spread
 from model.codec import Codec, load_codec
 from scripts.cli import find_device, make_parser, run_cli
 from scripts.codec_metrics import confidence_interval, mean
+from scripts.evaluate_semantic import add_semantic_options
 from scripts.figures import draw_spectrograms
 from scripts.run_log import device_name, environment
 from scripts.speech_metrics import PACKAGES, SAMPLE_RATE, judge_all, not_measured
@@ -33,7 +34,9 @@ EXAMPLES = """\
       --audio ../shared/corpus/manifest.jsonl --num-codebooks 1 2 4 8 --by folder \\
       --asr models/whisper-base --picture runs/codec_test.png
   python -m scripts.evaluate codec --codec encodec_24khz --num-codebooks 2 4 8 \\
-      --audio ../shared/corpus/manifest.jsonl --match librispeech --limit 40"""
+      --audio ../shared/corpus/manifest.jsonl --match librispeech --limit 40
+  python -m scripts.evaluate semantic --tokenizers pretrained/semantic_mfcc runs/semantic_mine \\
+      --audio ../shared/corpus/manifest.jsonl --split test --out runs/semantic_test.json"""
 FIGURES = ("pesq", "stoi", "si_sdr_db", "mel_distance", "speaker_similarity")
 COLUMNS = {  # of the printed table: key in the report -> heading, format
     "num_codebooks": ("K", "d"),
@@ -309,6 +312,8 @@ def main(arguments: list[str] | None = None) -> None:
         "reconstruction by a codec: PESQ, STOI, SI-SDR, mel distance, speaker, WER, speed"
     )
     add_codec_options(commands.add_parser("codec", help=reconstruction))
+    tokens = "semantic tokenizers side by side: bits, speaker, robustness, takes of phrases"
+    add_semantic_options(commands.add_parser("semantic", help=tokens))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

@@ -36,7 +36,7 @@ from model.checkpoint import (
 from model.codec import Codec, initialise_weights, load_codec
 from model.codec_training import CodecTraining
 from model.discriminator import Discriminator
-from model.optim import load_optimizer_tensors, optimizer_tensors
+from model.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.codec_losses import MEL_SCALES, Balancer, MelDistance
 from scripts.codec_metrics import mean, mel_distance, stoi
@@ -170,17 +170,6 @@ class Trainer:
         module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         return module
 
-    def _set_rates(self, share: float) -> None:
-        """Every optimiser's learning rate to `share` of the configured one."""
-        optim = self.config.optim
-        rates = {"codec": optim.lr, "discriminator": optim.discriminator_lr}
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(share * rates[name])
-                else:
-                    group["lr"] = share * rates[name]
-
     def save(self) -> None:
         """Write a checkpoint and, with the averaged weights, the codec. Every process calls it."""
         if self.accelerator.is_main_process:
@@ -209,7 +198,9 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step of the codec and, mostly, of the discriminator; losses on device."""
         config, loss, step = self.config, self.config.loss, self.step
-        self._set_rates(rate_share(step, config.train.steps, config.optim))
+        share, optim = rate_share(step, config.train.steps, config.optim), config.optim
+        set_learning_rate(self.optimizers["codec"], share * optim.lr)
+        set_learning_rate(self.optimizers["discriminator"], share * optim.discriminator_lr)
         wav = self.segments.batch(step, self.rank, config.train.batch_size)
         num_codebooks, restarts, coin = step_draws(config, step, self.rank)
         num_codebooks, restarts = num_codebooks.to(self.device), restarts.to(self.device)

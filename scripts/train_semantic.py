@@ -23,6 +23,7 @@ from configs.load import check_same_config, load_config, save_config
 from configs.semantic_schema import SemanticTrainConfig
 from data.dataset import mix
 from data.segments import decode_recordings, find_split, spread
+from model.captured import Captured
 from model.checkpoint import (
     find_checkpoint,
     read_state,
@@ -37,6 +38,7 @@ from model.optim import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    set_learning_rate,
 )
 from model.semantic import SemanticTokenizer, load_semantic
 from scripts.cli import end_with_launcher, make_parser, run_cli
@@ -90,8 +92,11 @@ class Trainer:
         self.module = MaskedPrediction(model, num_classes, mult).to(self.device)
         if self.config.train.compile:
             self.module.compile_parts()
-        optimizer = make_optimizer(self.module, self.config.optim)
+        one = self.accelerator.num_processes == 1
+        captured = self.config.train.compile and self.device.type == "cuda" and one
+        optimizer = make_optimizer(self.module, self.config.optim, capturable=captured)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        self.update = Captured(self._update) if captured else self._update
 
     def _load_data(self, tokenizer: SemanticTokenizer) -> None:
         data, found = self.config.data, []
@@ -116,21 +121,26 @@ class Trainer:
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; what is logged of it, on the device."""
         config, step = self.config, self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, config.optim)
+        set_learning_rate(self.optimizer, learning_rate(step, config.train.steps, config.optim))
         rng = np.random.default_rng([config.train.seed, step, self.rank])
         torch.manual_seed(mix(config.train.seed, step, self.rank) >> 1)  # dropout, noise
         wav, labels, frames = self.segments.random_crops(rng, config.train.batch_size)
         mask = self._mask(rng, frames)
         self.model.train()
+        values = self.update("step", wav=wav, labels=labels, frames=frames, mask=mask)
+        self.step += 1
+        return values
+
+    def _update(self, _: str, wav: Tensor, labels: Tensor, frames: Tensor, mask: Tensor) -> dict:
+        """The step's work on the device."""
         nats, right, penalty = self.model(wav, labels, frames, mask)
         count = mask.sum().float()
         total = self.accelerator.reduce(count, "mean")  # over processes: each frame weighs the same
-        self.accelerator.backward(nats / total + config.loss.feature_penalty * penalty)
-        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), config.optim.clip_norm)
+        loss, optim = self.config.loss, self.config.optim
+        self.accelerator.backward(nats / total + loss.feature_penalty * penalty)
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
         values = {"loss": nats / count, "accuracy": right / count, "grad_norm": norm}
         return {name: v.detach() for name, v in {**values, "feature_penalty": penalty}.items()}
 
@@ -203,7 +213,7 @@ class Trainer:
         if not math.isfinite(values["loss"]):
             problem = f"step {self.step}: the loss is not finite ({values}); "
             raise ValueError(problem + "resume from the last checkpoint with a lower optim.lr")
-        values |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds_per_step": seconds}
+        values |= {"lr": float(self.optimizer.param_groups[0]["lr"]), "seconds_per_step": seconds}
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._record("train", values)

@@ -11,7 +11,15 @@ from encodec import EncodecModel
 from torch.nn import functional as F
 
 from configs.codec_schema import CodecConfig
-from model.codec import ENCODEC_24KHZ_FILE, Codec, build_discriminator, load_codec
+from model.codec import (
+    ENCODEC_24KHZ_FILE,
+    Codec,
+    build_discriminator,
+    fold_weight_norm,
+    load_codec,
+    pack,
+    unpack,
+)
 from model.codec_training import CodecTraining
 
 TINY = CodecConfig(
@@ -107,6 +115,17 @@ def test_save_and_load_round_trip(saved):
     codes = loaded.encode(wav)
     torch.testing.assert_close(original.decode(codes), loaded.decode(codes), atol=1e-2, rtol=0)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
+
+
+def test_packed_weights_are_small_and_close(saved):
+    state = fold_weight_norm(make_codec(weight_norm=True).state_dict())
+    packed = pack(state)
+    assert {value.dtype for value in packed.values()} == {torch.int8, torch.float16, torch.float32}
+    for key, value in unpack(packed).items():
+        peak = state[key].abs().max()
+        assert (value - state[key]).abs().max() <= 0.6 * peak / 127, key  # half a step
+        if key.endswith("embed") or value.ndim < 2:
+            assert packed[key].dtype == torch.float16, key
 
 
 def test_saving_a_loaded_codec_changes_nothing(saved, tmp_path):
