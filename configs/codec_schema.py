@@ -52,6 +52,7 @@ class CodecDataConfig:
     segment_seconds: float = 1.0  # of a training segment; shorter recordings are zero-padded
     gain_db: tuple[float, float] = (-12.0, 6.0)  # range of each segment's gain, below full scale
     filter_db: float = 0.0  # most that a segment's random smooth filter adds or takes anywhere
+    speeds: tuple[float, ...] = (1.0,)  # at which every recording is there: 0.9, 1.1: new voices
 
 
 @dataclass(frozen=True)

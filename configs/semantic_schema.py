@@ -42,6 +42,7 @@ class SemanticDataConfig:
     audio: str = MISSING  # a folder or a JSONL manifest; without splits, 1 in 20 is held out
     segment_seconds: float = 6.0  # of a training crop; shorter recordings are padded and masked
     gain_db: tuple[float, float] = (-12.0, 6.0)  # range of each crop's gain
+    speeds: tuple[float, ...] = (1.0,)  # at which every recording is there: 0.9, 1.1: new voices
     mix_share: float = 0.2  # of crops that get a piece of another one over up to half of them,
     mix_snr_db: tuple[float, float] = (-5.0, 5.0)  # at this ratio (WavLM, Chen et al. 2022)
     noise_share: float = 0.2  # of crops that get white noise,

@@ -1,4 +1,5 @@
-"""Measure what has been trained: `codec` reconstructs clips, `semantic` compares tokenizers."""
+"""Measure what has been trained: `codec` reconstructs clips, `semantic` compares tokenizers,
+`resynthesis` says semantic tokens anew."""
 
 import argparse
 import math
@@ -6,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
@@ -18,14 +20,16 @@ from tqdm import tqdm
 
 from configs.files import write_json
 from data.audio import Recording, load_audio, read_audio, resample
-from data.segments import find_split, spread
+from data.segments import spread
 from model.codec import Codec, load_codec
 from scripts.cli import find_device, make_parser, run_cli
+from scripts.clips import add_clip_options, select_recordings
 from scripts.codec_metrics import confidence_interval, mean
+from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
 from scripts.figures import draw_spectrograms
 from scripts.run_log import device_name, environment
-from scripts.speech_metrics import PACKAGES, SAMPLE_RATE, judge_all, not_measured
+from scripts.speech_metrics import PACKAGES, SAMPLE_RATE, Judge, judge_all, not_measured
 
 EXAMPLES = """\
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
@@ -36,7 +40,9 @@ EXAMPLES = """\
   python -m scripts.evaluate codec --codec encodec_24khz --num-codebooks 2 4 8 \\
       --audio ../shared/corpus/manifest.jsonl --match librispeech --limit 40
   python -m scripts.evaluate semantic --tokenizers pretrained/semantic_mfcc runs/semantic_mine \\
-      --audio ../shared/corpus/manifest.jsonl --split test --out runs/semantic_test.json"""
+      --audio ../shared/corpus/manifest.jsonl --split test --out runs/semantic_test.json
+  python -m scripts.evaluate resynthesis --acoustic runs/acoustic --asr models/whisper-base \\
+      --audio ../shared/corpus/manifest.jsonl --match librispeech --wavs runs/resynthesis"""
 FIGURES = ("pesq", "stoi", "si_sdr_db", "mel_distance", "speaker_similarity")
 COLUMNS = {  # of the printed table: key in the report -> heading, format
     "num_codebooks": ("K", "d"),
@@ -80,7 +86,7 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
 
     reconstruction = Reconstruction(codec, device, counts, recordings)
     workers = min(parsed.workers or os.cpu_count() or 1, len(recordings))
-    judged = judge_all(reconstruction, figures, parsed.asr, workers)
+    judged = judge_all(reconstruction, partial(Judge, figures, parsed.asr), workers)
     judged = list(tqdm(judged, desc="clips", total=len(recordings), disable=None))
     clips = [clip | found for clip, found in zip(reconstruction.clips, judged, strict=True)]
     if not clips:
@@ -101,19 +107,6 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
     if parsed.out:
         details = [{key: clip[key] for key in clip if key != "codes"} for clip in clips]
         write_json(parsed.out, report | {"clips": details})
-
-
-def select_recordings(parsed: argparse.Namespace) -> list[Recording]:
-    """Those of the split whose name matches, up to the limit. ValueError: none."""
-    for option in ("limit", "workers"):
-        number = getattr(parsed, option)
-        if number is not None and number < 1:
-            raise ValueError(f"--{option} {number}: at least 1")
-    recordings = find_split(parsed.audio, parsed.split)
-    recordings = [recording for recording in recordings if parsed.match in recording.name]
-    if not recordings:
-        raise ValueError(f"--match {parsed.match}: in no name of {parsed.audio}, {parsed.split}")
-    return spread(recordings, parsed.limit or len(recordings))
 
 
 class Reconstruction:
@@ -287,21 +280,11 @@ def print_codec_report(report: dict) -> None:
 
 def add_codec_options(codec: argparse.ArgumentParser) -> None:
     codec.add_argument("--codec", required=True, help="folder, encodec_24khz[:FILE]")
-    codec.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
-    codec.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    add_clip_options(codec)
     codec.add_argument("--num-codebooks", type=int, nargs="+", metavar="K", help="default: all")
-    codec.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
     codec.add_argument("--by", choices=("folder", "speaker"), help="rows for each of them as well")
-    codec.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
-    codec.add_argument(
-        "--asr",
-        metavar="MODEL",
-        help="English WER by this Whisper model: a CTranslate2 folder, or a name (network)",
-    )
     codec.add_argument("--picture", metavar="FILE.png", help="spectrograms of two of the clips")
-    codec.add_argument("--workers", type=int, metavar="N", help="processes; default: one per CPU")
     codec.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
-    codec.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
     codec.set_defaults(run=evaluate_codec)
 
 
@@ -314,6 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_codec_options(commands.add_parser("codec", help=reconstruction))
     tokens = "semantic tokenizers side by side: bits, speaker, robustness, takes of phrases"
     add_semantic_options(commands.add_parser("semantic", help=tokens))
+    anew = "semantic tokens through acoustic stages to sound again: WER, speaker"
+    add_resynthesis_options(commands.add_parser("resynthesis", help=anew))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

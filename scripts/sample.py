@@ -154,7 +154,7 @@ def run_stage(
     rate = models.codec.frame_rate * (models.semantic_rate if name == "semantic" else 1)
     window = max(2, round(models.context_seconds(name) * rate))
     new = sum(n - prompt.shape[1] for n in max_frames) / rate  # seconds
-    with tqdm(total=round(new, 1), desc=name, bar_format=BAR, disable=None) as bar:
+    with tqdm(total=round(new, 1), desc=name, bar_format=BAR, disable=None, leave=None) as bar:
         return generate_windows(
             models.stages[name],
             condition_of,
@@ -184,6 +184,12 @@ def whole(frames: float) -> int:
     return math.ceil(round(frames, 6))
 
 
+def without_repeats(models: Models, semantic: Tensor) -> Tensor:
+    """Semantic tokens [T_s] as the stages read them."""
+    collapsed = models.any_state["collapse_semantic"]
+    return torch.unique_consecutive(semantic) if collapsed else semantic
+
+
 @torch.no_grad()
 def generate_codes(
     models: Models,
@@ -195,29 +201,52 @@ def generate_codes(
 ) -> list[Tensor]:
     """All stages for `len(seeds)` clips: codes [K,T_n] each, a continued prompt included."""
     N, ratio, frame_rate = len(seeds), models.semantic_rate, models.codec.frame_rate
+    if resynthesize:
+        check_collapsed(models, prompt.codes.shape[1] / frame_rate, "--prompt-seconds")
+        return resynthesize_clips(models, [prompt] * N, seeds, samplings)
     K = models.codec.num_codebooks
     semantic = torch.empty(0, dtype=torch.long) if prompt is None else prompt.semantic  # [T_s]
     codes = torch.empty(K, 0, dtype=torch.long) if prompt is None else prompt.codes  # [K,T]
-    collapsed = models.any_state["collapse_semantic"]
-    if collapsed:
-        semantic = torch.unique_consecutive(semantic)
-    new = whole(seconds * frame_rate)
-    limit = codes.shape[1] + (0 if resynthesize else new)  # frames a clip may have
-    check_collapsed(models, limit / frame_rate, "--prompt-seconds" if resynthesize else "--seconds")
-    run = partial(run_stage, models, seeds, samplings)
-    if resynthesize:
-        semantics, codes = [semantic] * N, codes[:, :0]
-    else:
-        most = semantic.shape[0] + whole(seconds * frame_rate * float(ratio))
-        made = run("semantic", lambda *_: None, semantic[None], [most] * N)
-        semantics = [tokens[0] for tokens in made]  # [1,T_s] -> [T_s]
-        if collapsed:  # nothing keeps the model from drawing a token twice
-            semantics = [torch.unique_consecutive(tokens) for tokens in semantics]
+    semantic = without_repeats(models, semantic)
+    limit = codes.shape[1] + whole(seconds * frame_rate)  # frames a clip may have
+    check_collapsed(models, limit / frame_rate, "--seconds")
+    most = semantic.shape[0] + whole(seconds * frame_rate * float(ratio))
+    made = run_stage(
+        models, seeds, samplings, "semantic", lambda *_: None, semantic[None], [most] * N
+    )
+    # [1,T_s] -> [T_s]; nothing keeps the model from drawing a token twice
+    semantics = [without_repeats(models, tokens[0]) for tokens in made]
+    return follow_semantics(models, semantics, codes, [limit] * N, seeds, samplings)
 
-    limits = [
-        limit if collapsed else min(limit, max(codes.shape[1] + 1, math.ceil(len(s) / ratio)))
-        for s in semantics
-    ]
+
+@torch.no_grad()
+def resynthesize_clips(
+    models: Models, prompts: list[Prompt], seeds: list[int], samplings: dict[str, Sampling]
+) -> list[Tensor]:
+    """Codes [K,T_n] drawn anew from each recording's semantic tokens, no longer than it is.
+
+    A clip does not depend on what else is in its batch.
+    """
+    semantics = [without_repeats(models, prompt.semantic) for prompt in prompts]
+    nothing = torch.empty(models.codec.num_codebooks, 0, dtype=torch.long)  # [K,0]
+    limits = [prompt.codes.shape[1] for prompt in prompts]
+    return follow_semantics(models, semantics, nothing, limits, seeds, samplings)
+
+
+def follow_semantics(
+    models: Models,
+    semantics: list[Tensor],
+    codes: Tensor,
+    limits: list[int],
+    seeds: list[int],
+    samplings: dict[str, Sampling],
+) -> list[Tensor]:
+    """The acoustic stages: for each semantics [T_s], codes [K,T_n], of which `codes` [K,T] are the
+    beginning; at most `limits` frames."""
+    ratio, collapsed = models.semantic_rate, models.any_state["collapse_semantic"]
+    if not collapsed:
+        ends = [max(codes.shape[1] + 1, math.ceil(len(s) / ratio)) for s in semantics]
+        limits = [min(pair) for pair in zip(limits, ends, strict=True)]
 
     def semantic_of(row: int, a: int, b: int) -> Tensor:
         """The semantic tokens of codec frames [a, b): [1,T_s]."""
@@ -230,6 +259,7 @@ def generate_codes(
         """The prompt's codes of a stage's codebooks."""
         return codes[slice(*models.stages[name].spec.codebooks)]
 
+    run = partial(run_stage, models, seeds, samplings)
     slack = None if collapsed else max(SLACK, math.ceil(1 / ratio))
     if "acoustic" in models.stages:
         return run("acoustic", semantic_of, given("acoustic"), limits, slack)

@@ -2,6 +2,7 @@
 
 import math
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from model.sampling import Sampling
@@ -23,16 +24,25 @@ DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic":
 
 def sample_parser() -> ArgumentParser:
     parser = make_parser(DESCRIPTION, EXAMPLES)
-    for name in STAGES:
-        parser.add_argument(
-            f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
-        )
+    add_model_options(parser, STAGES)
     parser.add_argument("--prompt", metavar="WAV", help="a recording to continue")
     parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use its first S seconds")
     parser.add_argument("--resynthesize", metavar="WAV", help="repeat its semantic tokens anew")
     parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
     parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
+    parser.add_argument(
+        "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
+    )
+    return parser
+
+
+def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
+    """What to sample with, and how: the runs, their tokenizers, the device, temperatures, ..."""
+    for name in stages:
+        parser.add_argument(
+            f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
+        )
     for flag, what in (
         ("--temperature", "one number, or STAGE=number each; 0 is greedy"),
         ("--top-k", "keep the k likeliest classes; 0 keeps all"),
@@ -44,10 +54,6 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
     parser.add_argument("--attention", default="auto", help="attention backend (auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
-    parser.add_argument(
-        "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
-    )
-    return parser
 
 
 def check_request(arguments: Namespace) -> None:

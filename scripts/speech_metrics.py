@@ -4,7 +4,7 @@ pyproject.toml, each of which may lack: its figure is then left out, and said to
 import importlib
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -112,7 +112,7 @@ class Transcriber:
         return " ".join(segment.text.strip() for segment in segments)
 
     def __call__(self, wav: np.ndarray, text: str) -> dict:
-        """{"transcript", "word_errors", "num_words"} against `text`, both normalised.
+        """{"transcript", "word_errors", "num_words", and of characters} against `text`, normalised.
 
         Errors are substitutions, deletions and insertions; none is counted without words in `text`.
         """
@@ -122,13 +122,12 @@ class Transcriber:
         words = self.normalize(text)
         if not words:
             return {}
-        found = jiwer.process_words(words, self.normalize(transcript))
-        errors = found.substitutions + found.deletions + found.insertions
-        return {
-            "transcript": transcript,
-            "word_errors": errors,
-            "num_words": found.hits + found.substitutions + found.deletions,
-        }
+        result = {"transcript": transcript}
+        for unit, compare in (("word", jiwer.process_words), ("char", jiwer.process_characters)):
+            found = compare(words, self.normalize(transcript))
+            result[f"{unit}_errors"] = found.substitutions + found.deletions + found.insertions
+            result[f"num_{unit}s"] = found.hits + found.substitutions + found.deletions
+        return result
 
 
 class Judge:
@@ -167,14 +166,14 @@ class Judge:
         return self.transcriber(wav, text) if self.transcriber and text else {}
 
 
-_judge: Judge
+_judge: Callable[..., dict]
 
 
-def _start_worker(*settings) -> None:
+def _start_worker(make_judge: Callable[[], Callable[..., dict]]) -> None:
     global _judge
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    _judge = Judge(*settings)
+    _judge = make_judge()
 
 
 def _judge_clip(*clip) -> dict:
@@ -182,17 +181,17 @@ def _judge_clip(*clip) -> dict:
 
 
 def judge_all(
-    clips: Iterable[tuple], figures: frozenset[str], asr: str | None, num_workers: int
+    clips: Iterable[tuple], make_judge: Callable[[], Callable[..., dict]], num_workers: int
 ) -> Iterator[dict]:
-    """`Judge(figures, asr)(*clip)` for each clip, in order, in `num_workers` processes of a thread.
+    """`make_judge()(*clip)` for each clip, in order, in `num_workers` processes of a thread.
 
     Clips are taken as they are needed, a few per worker ahead. One worker is this process itself.
     """
-    judge = Judge(figures, asr)  # here as well: a model that is not there is one clear error
+    judge = make_judge()  # here as well: a model that is not there is one clear error
     if num_workers <= 1:
         yield from (judge(*clip) for clip in clips)
         return
-    settings = (num_workers, get_context("spawn"), _start_worker, (figures, asr))
+    settings = (num_workers, get_context("spawn"), _start_worker, (make_judge,))
     with ProcessPoolExecutor(*settings) as pool:
         pending: deque = deque()
         for clip in clips:

@@ -77,7 +77,7 @@ class Trainer(TokenizerTrainer):
     def _load_data(self) -> None:
         data, train, model = self.config.data, self.config.train, self.config.model
         found, valid = find_split(data.audio, "train"), find_split(data.audio, "valid")
-        recordings = decode_recordings(found, model.sample_rate)
+        recordings = decode_recordings(found, model.sample_rate, data.speeds)
         self.valid = decode_recordings(spread(valid, train.num_valid_clips), model.sample_rate)
         length = max(data.segment_seconds * model.sample_rate, MEL_SCALES[-1][0])
         length = math.ceil(length / model.hop_length) * model.hop_length

@@ -65,8 +65,9 @@ class Trainer(TokenizerTrainer):
     def _load_data(self, tokenizer: SemanticTokenizer) -> None:
         data, found = self.config.data, []
         valid = spread(find_split(data.audio, "valid"), self.config.train.num_valid_clips)
-        for split in (find_split(data.audio, "train"), valid):
-            found.append(LabelledSegments(decode_recordings(split, SAMPLE_RATE), tokenizer, data))
+        for split, speeds in ((find_split(data.audio, "train"), data.speeds), (valid, (1.0,))):
+            recordings = decode_recordings(split, SAMPLE_RATE, speeds)
+            found.append(LabelledSegments(recordings, tokenizer, data))
         self.segments, self.valid = found
         counts = torch.bincount(self.segments.labels, minlength=tokenizer.num_tokens) + 1.0
         self.unigram = float(-(counts / counts.sum()).log()[self.valid.labels.long()].mean())

@@ -214,6 +214,20 @@ def test_recordings_in_memory(recordings, audio):
         decode_recordings([r for r in find_split(audio, "train") if r.name == "broken.wav"], RATE)
 
 
+def test_recordings_at_several_speeds(audio):
+    found = [r for r in find_split(audio, "train") if r.name == "3.wav"]
+    played = decode_recordings(found, RATE, speeds=(0.8, 1.0, 1.25))
+    assert played.names == ["3.wav"] * 3
+    plain = decode_recordings(found, RATE)
+    assert played.lengths.tolist() == [len(plain.samples) * 10 // 8, len(plain.samples), 9600]
+    torch.testing.assert_close(played.wav(1), plain.wav(0))
+    slow, fast = (torch.fft.rfft(played.wav(i)[0]).abs() for i in (0, 2))
+    pitch = [
+        int(x.argmax()) * RATE / n for x, n in zip((slow, fast), played.lengths[::2], strict=True)
+    ]
+    assert 1.4 < pitch[1] / pitch[0] < 1.75  # 1.25 / 0.8 = 1.56
+
+
 def test_segments_depend_on_seed_step_and_rank_alone(recordings):
     segments = RandomSegments(recordings, 4000, (-12.0, 6.0), seed=1)
     first = segments.batch(7, 0, 8)
