@@ -61,6 +61,7 @@ class CodecLossConfig:
 
     time: float = 0.1  # L1 between the waveforms
     mel: float = 1.0  # multi-scale mel distance
+    mel_linear: float = 1.0  # within it, of the linear term beside the logarithmic one
     adversarial: float = 3.0  # hinge loss against the multi-scale STFT discriminator
     feature: float = 3.0  # L1 between the discriminator's feature maps
     commitment: float = 0.1  # pull of the encoder towards its codebook vectors

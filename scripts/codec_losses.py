@@ -19,13 +19,14 @@ class MelDistance(nn.Module):
     """Distance between two wavs [B, 1, L], averaged over STFT windows of 64 to 2048 samples.
 
     Per scale, an L1 and an L2 term as in equation 3: the mean absolute difference of log10 mel
-    magnitudes (equally kind to quiet and loud bands) plus the L2 distance of the mel magnitudes
-    relative to the target's (spectral convergence; keeps the loud harmonics in place). forward
-    returns both; `log_only` is the first term alone, the reported figure.
+    magnitudes (equally kind to quiet and loud bands) plus `linear` times the L2 distance of the mel
+    magnitudes relative to the target's (keeps the loud harmonics in place, at the expense of the
+    rest). linear=0, the first term alone, is the reported figure.
     """
 
-    def __init__(self, sample_rate: int, compile: bool = False):
+    def __init__(self, sample_rate: int, linear: float = 0.0, compile: bool = False):
         super().__init__()
+        self.linear = linear
         self.compare = torch.compile(_compare, dynamic=False) if compile else _compare
         self.scales = nn.ModuleList(
             torchaudio.transforms.MelSpectrogram(
@@ -39,19 +40,19 @@ class MelDistance(nn.Module):
             for window, num_mels in MEL_SCALES
         )
 
-    def forward(self, estimate: Tensor, target: Tensor, log_only: bool = False) -> Tensor:
+    def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
         """The distance, a scalar; `estimate` gets the gradient. Needs L > 1024."""
         pairs = [(mel(estimate[:, 0]), mel(target[:, 0])) for mel in self.scales]
-        return sum(self.compare(x, y, log_only) for x, y in pairs) / len(self.scales)
+        return sum(self.compare(x, y, self.linear) for x, y in pairs) / len(self.scales)
 
 
-def _compare(x: Tensor, y: Tensor, log_only: bool) -> Tensor:
+def _compare(x: Tensor, y: Tensor, linear: float) -> Tensor:
     """The distance of mel magnitudes [B, num_mels, frames] at one scale."""
     distance = F.l1_loss((x + LOG_FLOOR).log10(), (y + LOG_FLOOR).log10())
-    if log_only:
+    if not linear:
         return distance
     scale = y.flatten(1).norm(dim=1) + QUIET * y[0].numel() ** 0.5  # [B]
-    return distance + ((x - y).flatten(1).norm(dim=1) / scale).mean()
+    return distance + linear * ((x - y).flatten(1).norm(dim=1) / scale).mean()
 
 
 class Balancer:

@@ -39,7 +39,7 @@ def si_sdr(estimate: Tensor, target: Tensor) -> float | None:
 def mel_distance(distance: MelDistance, estimate: Tensor, target: Tensor) -> float:
     """Mean absolute difference of log10 mel magnitudes of wav [1, L], over several windows."""
     pad = (0, max(0, MEL_SCALES[-1][0] - target.shape[-1]))  # to the longest window
-    return float(distance(F.pad(estimate, pad)[None], F.pad(target, pad)[None], log_only=True))
+    return float(distance(F.pad(estimate, pad)[None], F.pad(target, pad)[None]))
 
 
 def mean(values: list[float | None]) -> float | None:

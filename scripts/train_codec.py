@@ -109,7 +109,7 @@ class Trainer(TokenizerTrainer):
         self.judge = self._prepare("discriminator", self.discriminator, optim.discriminator_lr)
         names = ("time", "mel", "adversarial", "feature")
         self.balancer = Balancer({name: getattr(loss, name) for name in names}, self.device)
-        self.mel = MelDistance(model.sample_rate, compile).to(self.device)
+        self.mel = MelDistance(model.sample_rate, loss.mel_linear, compile).to(self.device)
         self.valid_mel = MelDistance(model.sample_rate).to(self.device)
         self.averaged = [list(x.state_dict().values()) for x in (self.average, self.codec)]
 
