@@ -6,9 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
@@ -29,7 +27,14 @@ from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
 from scripts.figures import draw_spectrograms
 from scripts.run_log import device_name, environment
-from scripts.speech_metrics import PACKAGES, SAMPLE_RATE, Judge, judge_all, not_measured
+from scripts.speech_metrics import (
+    PACKAGES,
+    SAMPLE_RATE,
+    Judge,
+    judge_all,
+    not_measured,
+    versions_of_packages,
+)
 
 EXAMPLES = """\
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
@@ -235,16 +240,6 @@ def codec_speed(
         speeds.append(speed | {"encode": rates.pop("encode"), "decode": rates})
     codec.to(device)
     return speeds
-
-
-def versions_of_packages() -> dict[str, str]:
-    """Those of the packages that figures come from, as far as they are installed."""
-    names = ("pystoi", "pesq", "resemblyzer", "faster-whisper", "jiwer", "whisper-normalizer")
-    found = {}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def format_cell(row: dict, key: str) -> str:

@@ -6,6 +6,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -45,6 +47,16 @@ def not_measured(figures: Iterable[str]) -> dict[str, str]:
         except ImportError as error:
             lines[figure] = f"{title}: not measured ({error}); pip install {packages}"
     return lines
+
+
+def versions_of_packages() -> dict[str, str]:
+    """Those of the packages that figures come from, as far as they are installed."""
+    names = ("pystoi", "pesq", "resemblyzer", "faster-whisper", "jiwer", "whisper-normalizer")
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def pesq_wb(estimate: np.ndarray, target: np.ndarray) -> float | None:
