@@ -46,6 +46,13 @@ def pad_to_frames(wav: Tensor, window_length: int, hop_length: int) -> Tensor:
     return F.pad(wav, (overlap // 2, right))
 
 
+def level(wav: Tensor, lengths: Tensor) -> Tensor:
+    """wav [..., L] at a root mean square of 1 over its first `lengths` [..., 1] samples; zeros
+    follow. What is said does not depend on how loud it was recorded."""
+    power = wav.double().square().sum(-1, keepdim=True) / lengths  # the same bits, however padded
+    return wav * power.clamp(min=1e-10).rsqrt().float()
+
+
 def span_mask(draws: Tensor, frames: Tensor, probability: float, span: int) -> Tensor:
     """draws [B, T + 1] from [0, 1) and frames [B] -> bool [B, T], True where masked.
 
@@ -110,7 +117,8 @@ class MaskedPrediction(nn.Module):
         square of the convolutions' output.
         """
         hubert, logits = self.hubert.wav2vec2, self.hubert.logit_generator
-        features, _ = hubert.feature_extractor(pad_to_frames(wav, WINDOW_LENGTH, HOP_LENGTH), None)
+        wav = pad_to_frames(level(wav, HOP_LENGTH * frames[:, None]), WINDOW_LENGTH, HOP_LENGTH)
+        features, _ = hubert.feature_extractor(wav, None)
         scale = self.feature_grad_mult
         features = scale * features + (1 - scale) * features.detach()  # [B, T, C]
         penalty = features.float().square().mean()

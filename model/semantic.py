@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from configs.files import atomic_write, write_json
 from configs.semantic_schema import SmallHubertConfig
-from model.hubert import HOP_LENGTH, SAMPLE_RATE, WINDOW_LENGTH, build_hubert, pad_to_frames
+from model.hubert import (
+    HOP_LENGTH,
+    SAMPLE_RATE,
+    WINDOW_LENGTH,
+    build_hubert,
+    level,
+    pad_to_frames,
+)
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "semantic.safetensors"
@@ -43,6 +50,8 @@ class MfccConfig:
     num_mfcc: int = 13
     delta_window: int = 5
     """Frames over which a delta is fitted: 5 x 20 ms, about the length of a phone."""
+    center: bool = False
+    """Take each clip's mean off its features: much of what tells voice and microphone."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class SmallHubertFeatures:
     window_length: int = WINDOW_LENGTH
     layer: int = 6
     architecture: SmallHubertConfig = field(default_factory=SmallHubertConfig)
+    center: bool = False
+    """Take each clip's mean off its features (van Niekerk et al. 2021), as of `MfccConfig`."""
 
 
 FeatureConfig = MfccConfig | HubertConfig | SmallHubertFeatures
@@ -105,6 +116,8 @@ class SemanticTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits of sha256 over the config (less where weights lie) and the tensors."""
         config = {key: value for key, value in asdict(self.config).items() if key != "weights"}
+        if not config.get("center"):  # younger than the first tokenizers
+            config.pop("center", None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         digest.update(_hash_tensors(self._tensors()).encode())
         return digest.hexdigest()[:16]
@@ -153,6 +166,17 @@ class SemanticTokenizer(nn.Module):
         tensors = {"centroids": self.centroids, "mean": self.mean, "std": self.std}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
+    def _center(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+        """features [B, T, F] less the mean of each clip's frames, where the config says so."""
+        if not self.config.center:
+            return features
+        T = torch.tensor([features.shape[1]], device=features.device)
+        frames = T if lengths is None else self.num_frames(lengths)  # [1 or B]
+        inside = torch.arange(T.item(), device=features.device) < frames[:, None]  # [1 or B, T]
+        # in float64, so that padding does not change the mean's last bit, and with it a token
+        total = (features.double() * inside[..., None]).sum(1, keepdim=True)  # [B, 1, F]
+        return features - (total / frames[:, None, None]).float()
+
     def _pad(self, wav: Tensor) -> Tensor:
         """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop)."""
         return pad_to_frames(wav.squeeze(1), self.config.window_length, self.hop_length)
@@ -189,7 +213,7 @@ class MfccKMeans(SemanticTokenizer):
         for _ in range(2):
             held = features[-1].gather(2, source.expand_as(features[-1]))
             features.append(torchaudio.functional.compute_deltas(held, self.config.delta_window))
-        return torch.cat(features, dim=1).transpose(1, 2)  # [B, F, T] -> [B, T, F]
+        return self._center(torch.cat(features, dim=1).transpose(1, 2), lengths)  # [B, T, F]
 
 
 class SmallHubertKMeans(SemanticTokenizer):
@@ -206,12 +230,13 @@ class SmallHubertKMeans(SemanticTokenizer):
     @torch.no_grad()
     def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
         """wav [B, 1, L] -> the output of layer `layer` [B, T, dim]."""
-        padded = self._pad(wav)
+        samples = torch.tensor([wav.shape[2]], device=wav.device) if lengths is None else lengths
+        padded, windows = self._pad(level(wav, samples[:, None, None])), None
         if lengths is not None:  # of the samples under whole windows
             overlap = self.config.window_length - self.hop_length
-            lengths = self.num_frames(lengths) * self.hop_length + overlap
-        layers, _ = self.hubert.extract_features(padded, lengths, num_layers=self.config.layer)
-        return layers[-1]  # [B, T, F]
+            windows = self.num_frames(lengths) * self.hop_length + overlap
+        layers, _ = self.hubert.extract_features(padded, windows, num_layers=self.config.layer)
+        return self._center(layers[-1], lengths)  # [B, T, F]
 
     def _tensors(self) -> dict[str, Tensor]:
         """fp16 holds these weights exactly: they have been through it."""

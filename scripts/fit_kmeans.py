@@ -15,6 +15,7 @@ from model.semantic import (
     HUBERT_NAMES,
     HubertConfig,
     HubertKMeans,
+    MfccConfig,
     MfccKMeans,
     SemanticTokenizer,
     SmallHubertFeatures,
@@ -139,10 +140,14 @@ def fit(
     return inertia, Categorical(counts.double()).perplexity().item()
 
 
-def make_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTokenizer:
+def make_tokenizer(
+    features: str, layer: int, weights: str | None, center: bool = False
+) -> SemanticTokenizer:
     """A tokenizer without codebook. ValueError: `features` is neither a name nor a folder."""
     if features == "mfcc":
-        return MfccKMeans()
+        return MfccKMeans(MfccConfig(center=center))
+    if features in HUBERT_NAMES and center:
+        raise ValueError("--center is for mfcc and for runs of train_semantic; drop it")
     if features in HUBERT_NAMES:
         return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
     if not Path(features).is_dir():
@@ -151,7 +156,7 @@ def make_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTo
     architecture, tensors = load_hubert(features)
     try:
         return SmallHubertKMeans(
-            SmallHubertFeatures(layer=layer, architecture=architecture), tensors
+            SmallHubertFeatures(layer=layer, architecture=architecture, center=center), tensors
         )
     except ValueError as error:
         raise ValueError(f"{features}: {error}") from None
@@ -169,6 +174,9 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=500, help="centroids (default 500)")
     parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
     parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
+    parser.add_argument(
+        "--center", action="store_true", help="take each clip's mean off its features: less voice"
+    )
     parser.add_argument("--split", help="use a manifest's recordings of this split alone")
     parser.add_argument("--max-hours", type=float, default=5.0, help="of audio (default 5)")
     parser.add_argument("--seed", type=int, default=0)
@@ -187,7 +195,7 @@ def main() -> None:
     recordings = [r for r in recordings if args.split in (None, r.split)]
     if not recordings:
         raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
-    tokenizer = make_tokenizer(args.features, args.layer, args.weights)
+    tokenizer = make_tokenizer(args.features, args.layer, args.weights, args.center)
     tokenizer = tokenizer.to(find_device(args.device)).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
     inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)

@@ -6,11 +6,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.semantic_schema import SemanticDataConfig
-from data.segments import RandomSegments, Recordings
+from data.segments import FILTER_KNOTS, RandomSegments, Recordings
 from model.hubert import HOP_LENGTH, SAMPLE_RATE
 from model.semantic import SemanticTokenizer
 
-NUM_DRAWS = 9  # random numbers of a crop, besides those of its mask
+NUM_DRAWS = 9  # random numbers of a crop, besides those of its mask and its filter
 
 
 class LabelledSegments(RandomSegments):
@@ -24,7 +24,7 @@ class LabelledSegments(RandomSegments):
     ):
         device = tokenizer.mean.device
         length = round(config.segment_seconds * SAMPLE_RATE / HOP_LENGTH) * HOP_LENGTH
-        super().__init__(recordings, length, config.gain_db, seed=0, device=device)
+        super().__init__(recordings, length, config.gain_db, 0, device, config.filter_db)
         self.config, self.edges = config, self.lengths.cumsum() / self.lengths.sum()
         every = tqdm(range(len(recordings.names)), desc="labels", unit="file", disable=None)
         labels = [tokenizer.encode(recordings.wav(i)[None].to(device))[0].int() for i in every]
@@ -48,6 +48,8 @@ class LabelledSegments(RandomSegments):
         chosen = np.searchsorted(self.edges, draws[0]).clip(max=len(self.edges) - 1)  # [B]
         room = (self.lengths[chosen] - self.length).clip(min=0) // HOP_LENGTH
         wav, labels, frames = self.crops(chosen, (draws[1] * (room + 1)).astype(np.int64))
+        if self.filter_db:
+            wav = self._filter(wav, rng.uniform(-1, 1, (size, FILTER_KNOTS)))
         rest = torch.from_numpy(draws[2:, :, None]).float().to(wav.device)  # [7, B, 1]
         return self._disturb(wav, frames, rest), labels, frames
 

@@ -19,6 +19,7 @@ from scripts.codec_metrics import mel_distance, si_sdr, stoi
 
 SAMPLE_RATE = 16_000
 """Every figure is taken at this rate, the one of PESQ-WB, so that codecs of any rate compare."""
+WINDOW_SECONDS = 30  # that Whisper hears at once
 SHORTEST_VOICE = SAMPLE_RATE // 4  # samples
 PACKAGES = {  # figure -> its name, its modules, how to get them
     "pesq": ("PESQ", ("pesq",), "pesq==0.0.4"),
@@ -117,9 +118,15 @@ class Transcriber:
 
     def transcribe(self, wav: np.ndarray) -> str:
         """wav [L] at 16 kHz -> its words; the same ones every time."""
-        settings = {"temperature": 0.0, "condition_on_previous_text": False}
         segments, _ = self.model.transcribe(
-            wav, language="en", beam_size=5, without_timestamps=True, **settings
+            wav,
+            language="en",
+            beam_size=5,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            without_timestamps=True,
+            # out of noise it may say one word for ever; nobody says ten tokens a second
+            max_new_tokens=10 + round(10 * min(WINDOW_SECONDS, len(wav) / SAMPLE_RATE)),
         )
         return " ".join(segment.text.strip() for segment in segments)
 

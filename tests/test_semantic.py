@@ -214,14 +214,19 @@ def small_hubert(layer=2, seed=0, **changed):
 
 
 def make_tokenizer(kind, folder):
-    if kind == "mfcc":
-        return with_codebook(MfccKMeans())
+    if kind.startswith("mfcc"):
+        return with_codebook(MfccKMeans(MfccConfig(center="centred" in kind)))
     if kind.startswith("hubert"):
         return with_codebook(HubertKMeans(replace(tiny_hubert(folder)[1], model=kind), folder))
-    return with_codebook(small_hubert(norm_first=kind == "pre-norm"))
+    tokenizer = small_hubert(norm_first="pre-norm" in kind)
+    tokenizer.config = replace(tokenizer.config, center="centred" in kind)
+    return with_codebook(tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["mfcc", "pre-norm", "post-norm", "hubert_base", "hubert_large"])
+KINDS = ["mfcc", "pre-norm", "post-norm", "hubert_base", "hubert_large"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mfcc, centred", "pre-norm, centred"])
 def test_a_padded_batch_has_the_tokens_of_each_clip_alone(kind, tmp_path):
     tokenizer = make_tokenizer(kind, tmp_path)
     lengths = [16_000, 9601, 9600, 3199, 320, 25]
@@ -237,6 +242,17 @@ def test_a_padded_batch_has_the_tokens_of_each_clip_alone(kind, tmp_path):
         assert not row[len(alone) :].any()
     unaware = tokenizer.features(batch)[3, :10]  # the test would see padding that leaks
     assert not torch.allclose(unaware, tokenizer.features(clips[3])[0], atol=1e-3)
+
+
+def test_centred_features_lose_their_mean_and_a_small_hubert_its_loudness(tmp_path):
+    wav = noise(9600)
+    for kind in ("mfcc, centred", "pre-norm, centred"):
+        tokenizer = make_tokenizer(kind, tmp_path)
+        assert tokenizer.features(wav).mean(dim=1).abs().max() < 1e-4
+        assert tokenizer.fingerprint != make_tokenizer(kind.split(",")[0], tmp_path).fingerprint
+    hubert = make_tokenizer("pre-norm", tmp_path)
+    assert hubert.features(wav).mean(dim=1).abs().max() > 1e-2
+    torch.testing.assert_close(hubert.features(0.1 * wav), hubert.features(wav))
 
 
 def test_a_small_hubert_is_the_same_when_saved_and_loaded(tmp_path):

@@ -27,6 +27,7 @@ from model.hubert import (
     TEMPERATURE,
     MaskedPrediction,
     build_hubert,
+    level,
     load_hubert,
     pad_to_frames,
     span_mask,
@@ -189,7 +190,8 @@ def test_the_loss_is_that_of_torchaudios_own_forward():
     model.hubert.mask_generator.mask_embedding = embedding
     model.hubert.mask_generator.forward = fixed_mask
     with torch.no_grad():
-        masked, _, expected = model.hubert(pad_to_frames(wav, 400, 320), labels, 320 * frames + 80)
+        padded = pad_to_frames(level(wav, 320 * frames[:, None]), 400, 320)
+        masked, _, expected = model.hubert(padded, labels, 320 * frames + 80)
     model.hubert.mask_generator = generator
     zeros = torch.zeros(len(masked), dtype=torch.int64)  # the right class comes first
     assert nats.item() == pytest.approx(F.cross_entropy(masked, zeros, reduction="sum").item())
