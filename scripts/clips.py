@@ -1,4 +1,4 @@
-"""Which recordings a measurement takes: the options and the choice."""
+"""What the measurements share: which recordings they take, and how they print a table."""
 
 import argparse
 
@@ -35,3 +35,22 @@ def select_recordings(parsed: argparse.Namespace, with_text: bool = False) -> li
     if with_text and not (recordings := [r for r in recordings if r.text]):
         raise ValueError(f"--asr needs texts to compare with, and no clip of {where} has one")
     return spread(recordings, parsed.limit or len(recordings))
+
+
+def format_cell(row: dict, key: str, form: str, with_interval: bool = True) -> str:
+    """row[key], with half of its interval where the row has one; "-" for None."""
+    if row[key] is None:
+        return "-"
+    interval = row.get(f"{key}_interval") if with_interval else None
+    half = f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else ""
+    return format(row[key], form) + half
+
+
+def align(table: list[list[str]]) -> list[str]:
+    """A line per row of cells; the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    lines = []
+    for name, *cells in table:
+        others = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([f"{name:<{widths[0]}}", *others]))
+    return lines

@@ -21,7 +21,7 @@ from data.audio import Recording, load_audio, read_audio, resample
 from data.segments import spread
 from model.codec import Codec, load_codec
 from scripts.cli import find_device, make_parser, run_cli
-from scripts.clips import add_clip_options, select_recordings
+from scripts.clips import add_clip_options, align, format_cell, select_recordings
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
@@ -242,26 +242,19 @@ def codec_speed(
     return speeds
 
 
-def format_cell(row: dict, key: str) -> str:
-    value, form = row[key], COLUMNS[key][1]
-    interval = row.get(f"{key}_interval") if key in WITH_INTERVAL else None
-    if value is None:
-        return "-"
-    return format(value, form) + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
-
-
 def print_codec_report(report: dict) -> None:
     codec, num_skipped = report["codec"], len(report["skipped"])
     split = f"split {report['split']}, {num_skipped} skipped"
     print(f"{codec['name']} ({codec['fingerprint']}), {split}")
     table = [[heading for heading, _ in COLUMNS.values()]]
-    table += [[format_cell(row, key) for key in COLUMNS] for row in report["rows"]]
-    groups = ["", *(row["group"] for row in report["rows"])]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for index, (cells, group) in enumerate(zip(table, groups, strict=True)):
-        if index and group != groups[index - 1] and group != "all":
+    for row in report["rows"]:
+        items = ((key, form, key in WITH_INTERVAL) for key, (_, form) in COLUMNS.items())
+        table.append([format_cell(row, *item) for item in items])
+    groups = ["all", *(row["group"] for row in report["rows"])]
+    for line, group, before in zip(align(table), groups, ["all", *groups[:-1]], strict=True):
+        if group not in (before, "all"):
             print(f"{group}:")
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        print(line)
     print("Taken at 16 kHz. ±: half of the 95 % interval over clips; mel dist: of log10 magnitudes")
     if not report["asr"]:
         print("WER: not measured; --asr FOLDER takes a Whisper model in CTranslate2's format")

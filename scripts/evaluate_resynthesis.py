@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configs.files import write_json
 from scripts.cli import find_device
-from scripts.clips import add_clip_options, select_recordings
+from scripts.clips import add_clip_options, align, format_cell, select_recordings
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.resynthesis import VERSIONS, Resynthesis, check_wavs
 from scripts.run_log import environment
@@ -145,11 +145,9 @@ def print_report(report: dict) -> None:
     print(f"{stages}: split {report['split']}, {len(report['skipped'])} skipped")
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in report["rows"]:
-        table.append([row["version"], *(format_cell(row, key) for key in COLUMNS)])
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for name, *cells in table:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print(f"{name:<{widths[0]}}", *aligned, sep="  ")
+        cells = (format_cell(row, key, form) for key, (_, form) in COLUMNS.items())
+        table.append([row["version"], *cells])
+    print(*align(table), sep="\n")
     print(LEGEND)
     voices = report["voices"]
     for kind, title in (("same_speaker", "one speaker"), ("other_speaker", "two speakers")):
@@ -158,14 +156,6 @@ def print_report(report: dict) -> None:
             print(f"speaker, two originals of {title}: {voices[kind]:.3f} ({pairs} pairs)")
     speed, device = report["seconds_per_second"], report["device"]
     print(f"sampling took {speed:.2f} s per second of audio on {device}")
-
-
-def format_cell(row: dict, key: str) -> str:
-    value, interval = row[key], row.get(f"{key}_interval")
-    if value is None:
-        return "-"
-    form = COLUMNS[key][1]
-    return format(value, form) + (f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else "")
 
 
 def add_resynthesis_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from data.segments import find_split, spread
 from model.semantic import SemanticTokenizer, load_semantic
 from scripts import semantic_metrics as metrics
 from scripts.cli import find_device
+from scripts.clips import align, format_cell
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.run_log import environment
 from scripts.semantic_metrics import PERTURBATIONS, SAMPLE_RATE, collapse, edit_distances
@@ -180,11 +181,10 @@ def print_report(report: dict) -> None:
         shown = [key for key in columns if any(row[key] is not None for row in rows)]
         table = [["", *(columns[key][0] for key in shown)]]
         for row in rows:
-            table.append([row["name"], *(format_cell(row, key, columns[key][1]) for key in shown)])
-        widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-        for cells in table:
-            name, *others = [f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)]
-            print(f"{name.strip():<{widths[0]}}", *others, sep="  ")
+            forms = ((key, columns[key][1]) for key in shown)
+            cells = (format_cell(row, key, form, form.endswith("%")) for key, form in forms)
+            table.append([row["name"], *cells])
+        print(*align(table), sep="\n")
         print()
     print(LEGEND)
     if num_speakers:
@@ -192,14 +192,6 @@ def print_report(report: dict) -> None:
         print(f"speaker: {clips} clips of {num_speakers} speakers, chance {1 / num_speakers:.1%}")
     else:
         print(f"speaker: not measured, it takes two with {metrics.MIN_CLIPS_OF_SPEAKER} clips each")
-
-
-def format_cell(row: dict, key: str, form: str) -> str:
-    if row[key] is None:
-        return "-"
-    interval = row.get(f"{key}_interval") if form.endswith("%") else None
-    half = f" ±{(interval[1] - interval[0]) / 2:{form}}" if interval else ""
-    return format(row[key], form) + half
 
 
 def add_semantic_options(semantic: argparse.ArgumentParser) -> None:
