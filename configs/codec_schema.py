@@ -6,7 +6,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from configs.schema import WandbConfig, check_least
+from configs.schema import WandbConfig, check_least, check_speeds
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class CodecDataConfig:
     filter_db: float = 0.0  # most that a segment's random smooth filter adds or takes anywhere
     speeds: tuple[float, ...] = (1.0,)  # at which every recording is there: 0.9, 1.1: new voices
 
+    def __post_init__(self) -> None:
+        check_speeds(self.speeds)
+
 
 @dataclass(frozen=True)
 class CodecLossConfig:
@@ -74,6 +77,10 @@ class CodecLossConfig:
     dropout: float = 0.5  # share of clips decoded from a random number of codebooks 1..K
     dead_code_share: float = 0.1  # codes used less, relative to the average, start anew
     codebook_decay: float = 0.98  # of the codebooks' running averages
+
+    def __post_init__(self) -> None:
+        if not 0 < self.judged_share <= 1:
+            raise ValueError(f"loss.judged_share={self.judged_share}: above 0, and at most 1")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,12 @@ from typing import Literal
 from omegaconf import MISSING
 
 
+def check_speeds(speeds: tuple[float, ...]) -> None:
+    """ValueError unless there is a speed, and every one is near enough to 1 to be speech."""
+    if not speeds or not all(0.1 <= speed <= 10 for speed in speeds):
+        raise ValueError(f"data.speeds={list(speeds)}: one or more numbers from 0.1 to 10")
+
+
 def check_least(section: str, config: object, least: dict[str, float]) -> None:
     """ValueError where a key of `section` is below its `least` value."""
     for key, smallest in least.items():

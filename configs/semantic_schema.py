@@ -5,7 +5,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from configs.schema import WandbConfig, check_least
+from configs.schema import WandbConfig, check_least, check_speeds
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class SemanticDataConfig:
     # All of it is decoded into memory: 115 MB an hour.
     audio: str = MISSING  # a folder or a JSONL manifest; without splits, 1 in 20 is held out
     segment_seconds: float = 6.0  # of a training crop; shorter recordings are padded and masked
-    gain_db: tuple[float, float] = (-12.0, 6.0)  # range of each crop's gain
     mix_share: float = 0.2  # of crops that get a piece of another one over up to half of them,
     mix_snr_db: tuple[float, float] = (-5.0, 5.0)  # at this ratio (WavLM, Chen et al. 2022)
     noise_share: float = 0.2  # of crops that get white noise,
@@ -50,6 +49,7 @@ class SemanticDataConfig:
     speeds: tuple[float, ...] = (1.0,)  # at which every recording is there: 0.9, 1.1: new voices
 
     def __post_init__(self) -> None:
+        check_speeds(self.speeds)
         check_least("data", self, {"segment_seconds": 0.2, "mix_share": 0, "noise_share": 0})
 
 

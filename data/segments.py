@@ -54,7 +54,8 @@ def find_split(audio: str | Path, split: str) -> list[Recording]:
     found = [recording for recording in find_recordings(audio) if split_of(recording) == split]
     if not found:
         raise ValueError(
-            f'{audio}: no recordings in split "{split}"; add some, or list their split'
+            f'{audio}: no recordings in split "{split}"; add some, list their '
+            'split, or take another one (a folder has "train" and "valid")'
         )
     return found
 
@@ -68,7 +69,7 @@ def spread(recordings: list[Recording], count: int) -> list[Recording]:
 def decode_recordings(
     recordings: list[Recording], sample_rate: int, speeds: tuple[float, ...] = (1.0,)
 ) -> Recordings:
-    """Decode recordings to int16 mono at `sample_rate`: 115 MB of memory an hour at 16 kHz.
+    """Decode recordings to int16 mono at `sample_rate`: 115 MB an hour and speed at 16 kHz.
 
     Each is there once for every one of `speeds`: 1.1 is faster and higher, as if another voice
     spoke. Those that cannot be decoded are skipped and listed. ValueError: none could be decoded.

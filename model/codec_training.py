@@ -139,7 +139,7 @@ class CodecTraining(nn.Module):
         sizes, averages = torch.stack(buffers[0]), torch.stack(buffers[1])
         sizes = sizes.lerp(counts, 1 - self.decay)  # [K, size]
         averages = averages.lerp(sums, 1 - self.decay)  # [K, size, D]
-        average = counts.mean(dim=1, keepdim=True)  # [K, 1]
+        average = sizes.mean(dim=1, keepdim=True)  # [K, 1]
         dead = sizes < self.dead_code_share * average
         sizes = torch.where(dead, average, sizes)
         averages = torch.where(dead[..., None], candidates * average[..., None], averages)

@@ -46,10 +46,15 @@ def pad_to_frames(wav: Tensor, window_length: int, hop_length: int) -> Tensor:
     return F.pad(wav, (overlap // 2, right))
 
 
+def exact(x: Tensor) -> Tensor:
+    """x in float64, for sums that padding must not change; Apple's GPUs have fp32 alone."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def level(wav: Tensor, lengths: Tensor) -> Tensor:
     """wav [..., L] at a root mean square of 1 over its first `lengths` [..., 1] samples; zeros
     follow. What is said does not depend on how loud it was recorded."""
-    power = wav.double().square().sum(-1, keepdim=True) / lengths  # the same bits, however padded
+    power = exact(wav).square().sum(-1, keepdim=True) / lengths  # the same bits, however padded
     return wav * power.clamp(min=1e-10).rsqrt().float()
 
 

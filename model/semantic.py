@@ -28,6 +28,7 @@ from model.hubert import (
     SAMPLE_RATE,
     WINDOW_LENGTH,
     build_hubert,
+    exact,
     level,
     pad_to_frames,
 )
@@ -174,7 +175,7 @@ class SemanticTokenizer(nn.Module):
         frames = T if lengths is None else self.num_frames(lengths)  # [1 or B]
         inside = torch.arange(T.item(), device=features.device) < frames[:, None]  # [1 or B, T]
         # in float64, so that padding does not change the mean's last bit, and with it a token
-        total = (features.double() * inside[..., None]).sum(1, keepdim=True)  # [B, 1, F]
+        total = (exact(features) * inside[..., None]).sum(1, keepdim=True)  # [B, 1, F]
         return features - (total / frames[:, None, None]).float()
 
     def _pad(self, wav: Tensor) -> Tensor:

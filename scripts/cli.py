@@ -29,6 +29,8 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason})") from None
+    # a GPU's convolutions would round to 10 bits unasked: not the tokens that scripts.prepare made
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 

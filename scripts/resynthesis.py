@@ -39,6 +39,8 @@ class Resynthesis:
         for recording in recordings:
             try:
                 lengths[recording.name] = audio_seconds(recording.path)
+                if not lengths[recording.name]:
+                    raise ValueError(f"{recording.path}: empty")
                 readable.append(recording)
             except ValueError as error:
                 self._skip(recording, error)

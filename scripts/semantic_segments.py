@@ -10,7 +10,7 @@ from data.segments import FILTER_KNOTS, RandomSegments, Recordings
 from model.hubert import HOP_LENGTH, SAMPLE_RATE
 from model.semantic import SemanticTokenizer
 
-NUM_DRAWS = 9  # random numbers of a crop, besides those of its mask and its filter
+NUM_DRAWS = 8  # random numbers of a crop, besides those of its mask and its filter
 
 
 class LabelledSegments(RandomSegments):
@@ -24,7 +24,7 @@ class LabelledSegments(RandomSegments):
     ):
         device = tokenizer.mean.device
         length = round(config.segment_seconds * SAMPLE_RATE / HOP_LENGTH) * HOP_LENGTH
-        super().__init__(recordings, length, config.gain_db, 0, device, config.filter_db)
+        super().__init__(recordings, length, (0.0, 0.0), 0, device, config.filter_db)
         self.config, self.edges = config, self.lengths.cumsum() / self.lengths.sum()
         every = tqdm(range(len(recordings.names)), desc="labels", unit="file", disable=None)
         labels = [tokenizer.encode(recordings.wav(i)[None].to(device))[0].int() for i in every]
@@ -43,24 +43,24 @@ class LabelledSegments(RandomSegments):
         return wav, self.labels[index.clamp(max=len(self.labels) - 1)].long(), frames
 
     def random_crops(self, rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of `size` random crops, with gains, mixing and noise; noise is torch's."""
+        """The same of `size` random crops, filtered, mixed, in noise; the noise is torch's."""
         draws = rng.random((NUM_DRAWS, size))
         chosen = np.searchsorted(self.edges, draws[0]).clip(max=len(self.edges) - 1)  # [B]
         room = (self.lengths[chosen] - self.length).clip(min=0) // HOP_LENGTH
         wav, labels, frames = self.crops(chosen, (draws[1] * (room + 1)).astype(np.int64))
         if self.filter_db:
             wav = self._filter(wav, rng.uniform(-1, 1, (size, FILTER_KNOTS)))
-        rest = torch.from_numpy(draws[2:, :, None]).float().to(wav.device)  # [7, B, 1]
+        rest = torch.from_numpy(draws[2:, :, None]).float().to(wav.device)  # [6, B, 1]
         return self._disturb(wav, frames, rest), labels, frames
 
     def _disturb(self, wav: Tensor, frames: Tensor, draws: Tensor) -> Tensor:
-        """wav [B, L] with a piece of its neighbour in the batch, noise and a gain; draws [7, B, 1].
+        """wav [B, L] with a piece of its neighbour in the batch, and noise; draws [6, B, 1].
 
         Labels stay those of the clean crop: features are to tell the louder, whole voice apart.
         """
         c, L = self.config, self.length
         position = torch.arange(L, device=wav.device)
-        gain, mixed, ratio, size, start, noisy, noise_ratio = draws
+        mixed, ratio, size, start, noisy, noise_ratio = draws
         inside = position < frames[:, None] * HOP_LENGTH  # [B, L]
         other, noise = wav.roll(1, 0), torch.randn_like(wav)
         begin, count = start * (1 - size / 2) * L, size / 2 * L
@@ -69,9 +69,7 @@ class LabelledSegments(RandomSegments):
         balance = (power / power.roll(1, 0).clamp(min=1e-8)).sqrt()
         balance = balance * _amplitude(ratio, c.mix_snr_db)
         level = power.sqrt() * _amplitude(noise_ratio, c.noise_snr_db) * (noisy < c.noise_share)
-        mixture = wav + balance * piece * other + level * noise
-        low, high = c.gain_db
-        return mixture * inside * 10 ** ((low + gain * (high - low)) / 20)
+        return (wav + balance * piece * other + level * noise) * inside
 
 
 def _amplitude(draw: Tensor, snr_db: tuple[float, float]) -> Tensor:

@@ -19,7 +19,12 @@ from torch import Tensor
 
 from configs.load import check_same_config, load_config, save_config
 from model.captured import Captured
-from model.checkpoint import find_checkpoint, rotate_checkpoints, save_checkpoint
+from model.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    rotate_checkpoints,
+    save_checkpoint,
+)
 from scripts.cli import end_with_launcher, make_parser
 from scripts.run_log import RunLog, environment
 
@@ -38,7 +43,8 @@ class TokenizerTrainer:
         if resume:
             check_same_config(self.out / "config.yaml", config, CHANGEABLE)
         elif self.out.is_dir() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out}: not empty; continue it with --resume, or set out=...")
+            remedy = "continue it with --resume" if list_checkpoints(self.out) else "delete it"
+            raise ValueError(f"{self.out}: not empty; {remedy}, or set out=...")
         precision = config.train.mixed_precision
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() else "no"
@@ -115,7 +121,10 @@ class TokenizerTrainer:
             if self.step % train.log_every == 0 or self.step == train.steps:
                 self._log_losses(losses, (time.monotonic() - logged_at) / (self.step - logged_step))
                 logged_at, logged_step = time.monotonic(), self.step
-            if self._agree(0 < train.valid_minutes < (time.monotonic() - valid_at) / 60):
+            due = self._agree(0 < train.valid_minutes < (time.monotonic() - valid_at) / 60)
+            if due or self.stopping or self.step == train.steps:
+                self._finite(losses)  # or it would replace the checkpoint to go back to
+            if due:
                 self.validate()
                 self.save()
                 valid_at = time.monotonic()
@@ -141,15 +150,19 @@ class TokenizerTrainer:
         self.stopping = flags[1] > 0
         return flags[0] > 0
 
-    def _log_losses(self, losses: dict[str, Tensor], seconds: float) -> None:
-        """`seconds` per step. ValueError if a loss is not finite."""
+    def _finite(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The losses as numbers. ValueError if one is not finite."""
         values = {name: float(value) for name, value in losses.items()}
         if not all(math.isfinite(value) for value in values.values()):
             raise ValueError(
                 f"step {self.step}: a loss is not finite ({values}); resume from the last "
                 "checkpoint with a lower optim.lr"
             )
-        values |= self.facts() | {"seconds_per_step": seconds}
+        return values
+
+    def _log_losses(self, losses: dict[str, Tensor], seconds: float) -> None:
+        """`seconds` per step. ValueError if a loss is not finite."""
+        values = self._finite(losses) | self.facts() | {"seconds_per_step": seconds}
         if self.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._record("train", values)

@@ -39,6 +39,7 @@ EXAMPLES = """\
       train.start_from=pretrained/codec_16khz train.steps=2000 out=runs/mine
   accelerate launch -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=recordings out=runs/codec"""
+MIN_FRAMES = 7  # the widest kernel over frames: padded with their own reflection
 VALID_SECONDS = 4  # of each validation clip
 DISCRIMINATOR_LEAD = 200  # steps it learns before its verdict counts: a blind one does harm
 INITIAL_BATCHES = 16  # batches of latents that the codebooks are fitted to
@@ -79,14 +80,16 @@ class Trainer(TokenizerTrainer):
         found, valid = find_split(data.audio, "train"), find_split(data.audio, "valid")
         recordings = decode_recordings(found, model.sample_rate, data.speeds)
         self.valid = decode_recordings(spread(valid, train.num_valid_clips), model.sample_rate)
-        length = max(data.segment_seconds * model.sample_rate, MEL_SCALES[-1][0])
+        least = max(MEL_SCALES[-1][0], MIN_FRAMES * model.hop_length)
+        length = max(data.segment_seconds * model.sample_rate, least)
         length = math.ceil(length / model.hop_length) * model.hop_length
         self.segments = RandomSegments(
             recordings, length, data.gain_db, train.seed, self.device, data.filter_db
         )
         self.accelerator.print(
             f"train: {len(recordings.samples) / model.sample_rate / 3600:.2f} h in "
-            f"{len(recordings.names)} recordings ({len(recordings.skipped)} skipped), "
+            f"{len(recordings.names)} recordings ({len(recordings.skipped)} skipped), with every "
+            f"speed of {list(data.speeds)}, "
             f"valid: {len(self.valid.names)} clips; {self.accelerator.num_processes} x "
             f"{self.device}, {self.accelerator.mixed_precision}"
         )
@@ -115,7 +118,8 @@ class Trainer(TokenizerTrainer):
 
     def _start_from(self, folder: str) -> None:
         """The weights of another run's codec."""
-        frames = self.segments.length // self.codec.hop_length * self.config.train.batch_size
+        clips = self.config.train.batch_size * self.accelerator.num_processes
+        frames = self.segments.length // self.codec.hop_length * clips
         self.training.start_from(load_codec(folder, self.device), frames)
         self.average.load_state_dict(self.codec.state_dict())
 

@@ -1,7 +1,7 @@
 """Pretrain a small HuBERT by masked prediction of the tokens of an existing semantic tokenizer.
 
 Iteration 1 predicts MFCC tokens; iteration 2 those that scripts.fit_kmeans made from iteration 1.
-One step: crops and their labels -> mixing, noise, gain -> span mask -> MaskedPrediction -> AdamW.
+One step: crops and their labels -> filter, mixing, noise -> span mask -> MaskedPrediction -> AdamW.
 Every random choice is a function of (seed, step, rank), so a resumed run equals an uninterrupted
 one. Writes to `out`: config.yaml, log.jsonl, checkpoints/ and hubert/ (for scripts.fit_kmeans).
 """
@@ -46,6 +46,7 @@ class Trainer(TokenizerTrainer):
 
     def build(self, resume: bool) -> None:
         labels = self.config.labels
+        torch.backends.cudnn.allow_tf32 = False  # labels are to be those of a CPU
         tokenizer = load_semantic(labels, self.device)
         self.labels = tokenizer.fingerprint
         if (tokenizer.sample_rate, tokenizer.hop_length) != (SAMPLE_RATE, HOP_LENGTH):
@@ -73,7 +74,8 @@ class Trainer(TokenizerTrainer):
         self.unigram = float(-(counts / counts.sum()).log()[self.valid.labels.long()].mean())
         hours = len(self.segments.samples) / SAMPLE_RATE / 3600
         self.accelerator.print(
-            f"train: {hours:.2f} h in {len(self.segments.lengths)} recordings, valid: "
+            f"train: {hours:.2f} h in {len(self.segments.lengths)} recordings, with every speed of "
+            f"{list(self.config.data.speeds)}; valid: "
             f"{len(self.valid.lengths)} clips; {tokenizer.num_tokens} labels of {tokenizer.name}; "
             f"{self.accelerator.num_processes} x {self.device}, {self.accelerator.mixed_precision}"
         )

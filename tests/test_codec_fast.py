@@ -12,6 +12,7 @@ from model.codec import Codec, build_discriminator, initialise_weights, run_laye
 from model.codec_fast import FastLayers
 from model.codec_training import CodecTraining
 from model.discriminator import Discriminator, verdict
+from model.optim import set_learning_rate
 
 SMALL = {"encoder_filters": 4, "decoder_filters": 4, "dimension": 8, "num_codebooks": 3}
 
@@ -104,7 +105,8 @@ def test_captured_steps_are_the_plain_steps():
     def make(captured: bool):
         torch.manual_seed(0)
         layer = torch.nn.Linear(4, 4, device="cuda")
-        optimizer = torch.optim.AdamW(layer.parameters(), 0.1, fused=True, capturable=True)
+        rate = torch.tensor(0.1, device="cuda")
+        optimizer = torch.optim.AdamW(layer.parameters(), rate, fused=True, capturable=True)
 
         def step(square: bool, x: torch.Tensor) -> dict[str, torch.Tensor]:
             y = layer(x)
@@ -114,10 +116,21 @@ def test_captured_steps_are_the_plain_steps():
             optimizer.zero_grad()
             return {"loss": loss.detach()}
 
-        return Captured(step) if captured else step
+        return Captured(step) if captured else step, optimizer, layer
 
     plain, captured = make(False), make(True)
     for i in range(4 * WARM_UP):
-        x = torch.randn(3, 4, device="cuda")
-        losses = [step(i % 2 == 0, x=x)["loss"] for step in (plain, captured)]
+        x, losses = torch.randn(3, 4, device="cuda"), []
+        for step, optimizer, _ in (plain, captured):
+            set_learning_rate(optimizer, 0.1 * 0.5**i)
+            losses.append(step(i % 2 == 0, x=x)["loss"])
         torch.testing.assert_close(*losses)
+        torch.testing.assert_close(plain[2].weight, captured[2].weight)
+
+
+def test_a_rate_in_a_tensor_stays_where_it_is():
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), rate)
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.25

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from world import RATE, make_world, save_wav
 
-from data.audio import Recording
+from data.audio import Recording, save_audio
 from model.checkpoint import list_checkpoints
 from model.semantic import MfccKMeans
 from scripts import evaluate, speech_metrics
@@ -37,6 +37,8 @@ def world(tmp_path_factory):
         text = None if n == 4 else TEXT
         lines.append({"path": f"a/{n}.wav", "split": "test", "text": text, "speaker": "ab"[n % 2]})
     (root / "test" / "a" / "broken.wav").write_bytes(b"RIFF")
+    save_audio(root / "test" / "a" / "none.wav", torch.zeros(1, 0), RATE)
+    lines.append({"path": "a/none.wav", "split": "test", "text": TEXT})
     lines.append({"path": "a/broken.wav", "split": "test", "text": TEXT})
     lines.append({"path": "a/4.wav", "split": "valid"})
     (root / "test" / "m.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -63,7 +65,7 @@ def test_report_without_packages(world, tmp_path, capsys, no_packages):
         printed = capsys.readouterr().out
         assert [row["version"] for row in report["rows"]] == list(VERSIONS)
         assert [clip["name"] for clip in report["clips"]] == ["a/0.wav", "a/1.wav", "a/2.wav"]
-        assert {s["name"] for s in report["skipped"]} == {"a/3.wav", "a/broken.wav"}
+        assert {s["name"] for s in report["skipped"]} == {"a/3.wav", "a/broken.wav", "a/none.wav"}
         original, reconstruction, resynthesis = report["rows"]
         assert original["minutes"] == pytest.approx(2.2 / 60)
         assert reconstruction["minutes"] == pytest.approx(2.2 / 60)

@@ -163,10 +163,33 @@ def test_refusals(audio, whole, tmp_path):
         run(audio, whole, "train.batch_size=3", resume=True)
     with pytest.raises(ValueError, match=r"model\.ratios"):
         run(audio, tmp_path / "x", "model.ratios=[4,0]")
+    for setting in ("data.speeds=[]", "data.speeds=[1,0]", "loss.judged_share=0"):
+        with pytest.raises(ValueError, match=setting.split("=")[0]):
+            run(audio, tmp_path / "x", setting)
     with pytest.raises(ValueError, match="no such folder or manifest"):
         run(tmp_path / "nothing", tmp_path / "x")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "config.yaml").touch()  # before its first checkpoint
+    with pytest.raises(ValueError, match=r"killed: not empty; delete it, or set out="):
+        run(audio, tmp_path / "killed")
     assert not (tmp_path / "x").exists()
     assert (whole / "log.jsonl").read_bytes() == before
+
+
+def test_a_lost_run_keeps_the_checkpoint_to_go_back_to(audio, whole, tmp_path, monkeypatch):
+    out = tmp_path / "lost"
+    shutil.copytree(whole, out)
+    take_step = train_codec.Trainer.train_step
+
+    def diverged(self):
+        losses = take_step(self)
+        os.kill(os.getpid(), signal.SIGINT)
+        return losses | {"mel": torch.tensor(math.nan)}
+
+    monkeypatch.setattr(train_codec.Trainer, "train_step", diverged)
+    with pytest.raises(ValueError, match="not finite"):
+        run(audio, out, "train.steps=12", "train.log_every=100", resume=True)
+    assert find_checkpoint(out).name == "step-00000006"
 
 
 def test_what_may_change_at_a_resume():
