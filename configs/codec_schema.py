@@ -47,7 +47,7 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class CodecDataConfig:
-    # All of it is decoded into memory: 115 MB an hour at 16 kHz.
+    # All of it is decoded into memory, at every speed: 115 MB an hour at 16 kHz.
     audio: str = MISSING  # a folder or a JSONL manifest; without splits, 1 in 20 is held out
     segment_seconds: float = 1.0  # of a training segment; shorter recordings are zero-padded
     gain_db: tuple[float, float] = (-12.0, 6.0)  # range of each segment's gain, below full scale
@@ -103,7 +103,7 @@ class CodecRunConfig:
     num_valid_clips: int = 32  # spread evenly over the validation split
     num_samples: int = 4  # of them written to out/samples, original and reconstruction
     seed: int = 0  # of segments, gains, dropout and the initial weights
-    compile: bool = False  # torch.compile: a minute or two at the start, then 3 times the speed
+    compile: bool = False  # and capture, on a GPU: a slow start, then twice the speed or more
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"  # auto: bf16 on a GPU
 
     def __post_init__(self) -> None:

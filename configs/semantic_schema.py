@@ -38,7 +38,7 @@ class SmallHubertConfig:
 
 @dataclass(frozen=True)
 class SemanticDataConfig:
-    # All of it is decoded into memory: 115 MB an hour.
+    # All of it is decoded into memory, at every speed: 115 MB an hour.
     audio: str = MISSING  # a folder or a JSONL manifest; without splits, 1 in 20 is held out
     segment_seconds: float = 6.0  # of a training crop; shorter recordings are padded and masked
     mix_share: float = 0.2  # of crops that get a piece of another one over up to half of them,

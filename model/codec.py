@@ -97,7 +97,7 @@ class Codec(nn.Module):
         return digest.hexdigest()[:16]
 
     def encode_latent(self, wav: Tensor, run: RunLayers | None = None) -> Tensor:
-        """wav [B, 1, T * hop_length] -> latent [B, D, T], before quantisation."""
+        """wav [B, 1, T * hop_length] -> latent [B, D, T], not quantised; `run` as `run_layers`."""
         latent = (run or run_layers)(self.encoder, wav)
         if not self.config.normalize_latent:
             return latent
@@ -218,8 +218,9 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as int8 with a scale per row of their first dimension, the rest as fp16: half the
-    size. On the shipped codec it moved PESQ by 0.001 and STOI by less; codebooks stay fp16."""
+    """Weights as int8 with a scale per row of their first dimension: half the size of fp16, which
+    the codebooks and all vectors stay in. An error of 1/254 of a row's peak is far below what 4
+    kbit/s leave."""
     packed = {}
     for key, value in state.items():
         value = value.detach().float().cpu()

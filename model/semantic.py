@@ -171,12 +171,13 @@ class SemanticTokenizer(nn.Module):
         """features [B, T, F] less the mean of each clip's frames, where the config says so."""
         if not self.config.center:
             return features
-        T = torch.tensor([features.shape[1]], device=features.device)
-        frames = T if lengths is None else self.num_frames(lengths)  # [1 or B]
-        inside = torch.arange(T.item(), device=features.device) < frames[:, None]  # [1 or B, T]
         # in float64, so that padding does not change the mean's last bit, and with it a token
-        total = (exact(features) * inside[..., None]).sum(1, keepdim=True)  # [B, 1, F]
-        return features - (total / frames[:, None, None]).float()
+        total, frames = exact(features), features.shape[1]  # [B, T, F], T
+        if lengths is not None:
+            frames = self.num_frames(lengths)[:, None, None]  # [B, 1, 1]
+            position = torch.arange(features.shape[1], device=features.device)[None, :, None]
+            total = total * (position < frames)
+        return features - (total.sum(1, keepdim=True) / frames).float()
 
     def _pad(self, wav: Tensor) -> Tensor:
         """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop)."""

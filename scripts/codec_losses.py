@@ -1,4 +1,4 @@
-"""Losses of the codec: multi-scale mel distance, hinge GAN, feature matching, and their balancer.
+"""Losses of the codec: the multi-scale mel distance, and the balancer of all of them.
 
 Equations are those of EnCodec (Défossez et al. 2022, section 3.4) unless said otherwise.
 """

@@ -126,10 +126,9 @@ class Trainer(TokenizerTrainer):
     def _prepare(self, name: str, module: nn.Module, lr: float) -> nn.Module:
         """The module as it is to be called; adds its optimiser."""
         parameters, betas = module.to(self.device).parameters(), self.config.optim.betas
-        on_gpu = self.device.type == "cuda"  # there the rate is a tensor, for CUDA graphs
-        rate = torch.tensor(lr, device=self.device) if on_gpu else lr
+        rate = torch.tensor(lr, device=self.device) if self.captured else lr
         optimizer = torch.optim.AdamW(
-            parameters, rate, betas, weight_decay=0.0, fused=True, capturable=on_gpu
+            parameters, rate, betas, weight_decay=0.0, fused=True, capturable=self.captured
         )
         module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         return module
