@@ -117,6 +117,11 @@ def test_exit_code_2_and_one_line():
     assert done.stderr.startswith("error: command line: optim.lrr=1")
 
 
+def sources_imported_by(source: str) -> str:
+    names = re.findall(r"^from scripts\.(\w+) ", source, re.M)
+    return "".join((ROOT / "scripts" / f"{name}.py").read_text() for name in names)
+
+
 MODULES = [prepare, fit_kmeans, train_codec, train_semantic, evaluate, sample_options]
 
 
@@ -124,8 +129,8 @@ MODULES = [prepare, fit_kmeans, train_codec, train_semantic, evaluate, sample_op
 def test_examples_in_help_name_real_files_and_flags(module):
     """Every flag an example uses is the module's, or of one it imports; every config exists."""
     own = Path(module.__file__).read_text()
-    used = [ROOT / "scripts" / f"{n}.py" for n in re.findall(r"^from scripts\.(\w+) ", own, re.M)]
-    source = own.replace(module.EXAMPLES, "") + "".join(path.read_text() for path in used)
+    source = own.replace(module.EXAMPLES, "") + sources_imported_by(own)
+    source += sources_imported_by(source)  # options that several commands share
     stages = [f"--{name}" for name in STAGES]
     for command in re.split(r"\n(?=  \S)", module.EXAMPLES):
         words = shlex.split(command.replace("\\\n", " "))
