@@ -26,7 +26,10 @@ class CodecConfig:
     dimension: int = 128  # width of a latent frame and of a codebook vector
     num_codebooks: int = 8
     codebook_size: int = 1024
-    causal: bool = True  # no look-ahead (streamable); false sounds better at the same size
+    causal: bool = True  # the decoder can stream; false sounds better at the same size
+    # Frames that the encoder hears beyond the one that it codes; the decoder waits for nothing.
+    # 1 is worth 0.07 of PESQ and 0.007 of STOI on unseen speakers after 4000 steps, 2 no more.
+    lookahead: int = 0
     # Latent frame z becomes z / sqrt(1 + mean(z^2)): quiet frames stay weak, none passes power 1.
     # Not in EnCodec. Without it the latents' scale ran away faster than the codebooks followed; a
     # hard z / rms(z) was stable but hides loudness, and learned slower.
@@ -34,7 +37,7 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("num_lstm", "causal", "normalize_latent") else 1
+            least = 0 if name in ("num_lstm", "causal", "lookahead", "normalize_latent") else 1
             smallest = min(value, default=0) if name == "ratios" else value
             if smallest < least:
                 raise ValueError(f"model.{name}: {value} is too small; the least is {least}")
@@ -85,7 +88,8 @@ class CodecLossConfig:
 
 @dataclass(frozen=True)
 class CodecOptimConfig:
-    lr: float = 3e-4
+    lr: float = 3e-4  # of AdamW, which is left with what is not a matrix when
+    muon_lr: float = 5e-3  # is not 0: Muon's, for the kernels of convolutions and LSTMs
     discriminator_lr: float = 3e-4
     betas: tuple[float, float] = (0.8, 0.99)
     warmup_steps: int = 200

@@ -50,6 +50,8 @@ class SemanticDataConfig:
 
     def __post_init__(self) -> None:
         check_speeds(self.speeds)
+        if 1.0 not in self.speeds:
+            raise ValueError(f"data.speeds={list(self.speeds)}: add 1.0, which gives the labels")
         check_least("data", self, {"segment_seconds": 0.2, "mix_share": 0, "noise_share": 0})
 
 
@@ -68,7 +70,8 @@ class SemanticLossConfig:
 
 @dataclass(frozen=True)
 class SemanticOptimConfig:
-    lr: float = 5e-4
+    lr: float = 5e-4  # of AdamW, which is left with what is not a matrix when
+    muon_lr: float = 2e-3  # is not 0: Muon's, for convolutions, attention and feed-forward
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01  # on matrices; never on norms and biases
     warmup_steps: int = 400

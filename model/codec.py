@@ -97,8 +97,12 @@ class Codec(nn.Module):
         return digest.hexdigest()[:16]
 
     def encode_latent(self, wav: Tensor, run: RunLayers | None = None) -> Tensor:
-        """wav [B, 1, T * hop_length] -> latent [B, D, T], not quantised; `run` as `run_layers`."""
-        latent = (run or run_layers)(self.encoder, wav)
+        """wav [B, 1, (T + lookahead) * hop_length] -> latent [B, D, T], not quantised.
+
+        Frame t is what the encoder makes of the wav up to the end of frame t + lookahead. `run` as
+        `run_layers`.
+        """
+        latent = (run or run_layers)(self.encoder, wav)[..., self.config.lookahead :]
         if not self.config.normalize_latent:
             return latent
         power = latent.float().square().mean(dim=1, keepdim=True)  # [B, 1, T]
@@ -117,7 +121,8 @@ class Codec(nn.Module):
         if wav.ndim != 3 or wav.shape[1] != 1 or wav.shape[2] == 0:
             raise ValueError(f"wav {list(wav.shape)}: expected [B, 1, L] with L >= 1")
         with torch.autocast(wav.device.type, enabled=False):
-            wav = F.pad(wav.float(), (0, -wav.shape[-1] % self.hop_length))  # [B, 1, T * hop]
+            silence = -wav.shape[-1] % self.hop_length + self.config.lookahead * self.hop_length
+            wav = F.pad(wav.float(), (0, silence))  # [B, 1, (T + lookahead) * hop_length]
             latent = self.encode_latent(wav)  # [B, D, T]
             codes = self.quantizer.vq.encode(latent, self.num_codebooks)  # [K, B, T]
         return codes.transpose(0, 1)  # [B, K, T]

@@ -37,7 +37,8 @@ class CodecTraining(nn.Module):
     def forward(
         self, wav: Tensor, num_codebooks: Tensor, restarts: Tensor, quantize: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """wav [B, 1, T * hop_length] -> reconstruction, same shape; commitment loss; error.
+        """wav [B, 1, L] -> reconstruction [B, 1, L - lookahead * hop_length]; commitment loss;
+        error.
 
         num_codebooks [B]: clip b is decoded from its first num_codebooks[b] codebooks (quantiser
         dropout). restarts [K, codebook_size], int64 in [0, 2**31): which latents replace dead

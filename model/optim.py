@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import OptimConfig
+from model.muon import MuonAdamW, split_group
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimConfig, capturable: bool = False
-) -> torch.optim.AdamW:
+    model: nn.Module, config: OptimConfig, capturable: bool = False, muon_lr: float = 0.0
+) -> MuonAdamW:
     """Fused AdamW; weight decay on matrices, none on norms and embeddings.
 
-    capturable: for CUDA graphs, with the learning rate in a tensor (`set_learning_rate`).
+    capturable: for CUDA graphs, with the learning rate in a tensor (`set_learning_rate`). muon_lr:
+    that of Muon, which then takes the matrices; 0: AdamW takes everything.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.ndim >= 2 and p not in embeddings]
@@ -24,19 +26,32 @@ def make_optimizer(
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    device = next(model.parameters()).device
-    lr = torch.tensor(config.lr, device=device) if capturable else config.lr
-    betas = tuple(config.betas)
-    return torch.optim.AdamW(groups, lr, betas, fused=True, capturable=capturable)
+    if muon_lr:
+        groups[:1] = split_group(model, groups[0], muon_lr / config.lr)
+    return adamw(groups, config.lr, config.betas, capturable)
+
+
+def adamw(
+    groups: list[dict], lr: float, betas: tuple[float, float], capturable: bool = False
+) -> MuonAdamW:
+    """Fused AdamW, with Muon for the groups that `split_group` made for it."""
+    optimizer = MuonAdamW(groups, lr, tuple(betas), fused=True, capturable=capturable)
+    if capturable:  # one tensor each: the groups' rates differ
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr, device=group["params"][0].device)
+    set_learning_rate(optimizer, lr)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Of all groups; in place where it is a tensor, for a captured step reads it there."""
+    """Of all groups, times a group's own ratio; in place where it is a tensor, for a captured step
+    reads it there."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_ratio", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

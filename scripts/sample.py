@@ -117,14 +117,17 @@ def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
     """Read a recording, cut it to whole codec frames (and to its first `seconds`), tokenize it."""
     codec, semantic = models.codec, models.semantic
     wav = load_audio(path, codec.sample_rate)
-    wav = wav if seconds is None else wav[:, : round(seconds * codec.sample_rate)]
-    num_frames = wav.shape[1] // codec.hop_length
-    if num_frames == 0:
-        raise ValueError(f"{path}: shorter than one frame of {1 / codec.frame_rate:.3f} s")
-    wav = wav[:, : num_frames * codec.hop_length]  # a padded last frame would teach silence
+    ahead = codec.config.lookahead  # frames that end in, or look ahead at, padding teach silence
+    num_frames = wav.shape[1] // codec.hop_length - ahead
+    if seconds is not None:
+        num_frames = min(num_frames, int(seconds * codec.frame_rate + 1e-6))
+    if num_frames <= 0:
+        least = (1 + ahead) / codec.frame_rate
+        raise ValueError(f"{path}: shorter than one frame, which takes {least:.3f} s")
+    wav = wav[:, : (num_frames + ahead) * codec.hop_length]
     other = load_audio(path, semantic.sample_rate)
-    other = other[:, : round(wav.shape[1] / codec.sample_rate * semantic.sample_rate)]
-    codes = codec.encode(wav[None].to(models.device))[0].cpu()  # [1,1,L] -> [K,T]
+    other = other[:, : round(num_frames / codec.frame_rate * semantic.sample_rate)]
+    codes = codec.encode(wav[None].to(models.device))[0, :, :num_frames].cpu()  # [K, T]
     return Prompt(semantic.encode(other[None].to(models.device))[0].cpu(), codes)
 
 

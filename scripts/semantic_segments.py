@@ -16,18 +16,30 @@ NUM_DRAWS = 8  # random numbers of a crop, besides those of its mask and its fil
 class LabelledSegments(RandomSegments):
     """Random crops with the labels of their frames; each second of audio is as likely as another.
 
-    Crops begin on the labels' grid, at multiples of HOP_LENGTH.
+    Crops begin on the labels' grid, at multiples of HOP_LENGTH. recordings has each one at every
+    one of `speeds`, but labels are always those of the recording as it is: at another speed it is
+    another voice that says the same (the idea of ContentVec, Qian et al. 2022).
     """
 
     def __init__(
-        self, recordings: Recordings, tokenizer: SemanticTokenizer, config: SemanticDataConfig
+        self,
+        recordings: Recordings,
+        tokenizer: SemanticTokenizer,
+        config: SemanticDataConfig,
+        speeds: tuple[float, ...] = (1.0,),
     ):
         device = tokenizer.mean.device
         length = round(config.segment_seconds * SAMPLE_RATE / HOP_LENGTH) * HOP_LENGTH
         super().__init__(recordings, length, (0.0, 0.0), 0, device, config.filter_db)
         self.config, self.edges = config, self.lengths.cumsum() / self.lengths.sum()
-        every = tqdm(range(len(recordings.names)), desc="labels", unit="file", disable=None)
-        labels = [tokenizer.encode(recordings.wav(i)[None].to(device))[0].int() for i in every]
+        labels, every = [], range(0, len(recordings.names), len(speeds))
+        for first in tqdm(every, desc="labels", unit="file", disable=None):
+            wav = recordings.wav(first + speeds.index(1.0)).to(device)  # [1, L]
+            tokens = tokenizer.encode(wav[None])[0].int()  # [T]
+            for version, speed in enumerate(speeds):
+                T = -(-int(self.lengths[first + version]) // HOP_LENGTH)
+                middle = ((torch.arange(T, device=device) + 0.5) * speed).long()  # [T]
+                labels.append(tokens[middle.clamp(max=len(tokens) - 1)])
         counts = np.array([len(tokens) for tokens in labels])
         self.labels, self.label_starts = torch.cat(labels), counts.cumsum() - counts
 

@@ -24,7 +24,8 @@ from model.checkpoint import read_state, read_tensors
 from model.codec import Codec, initialise_weights, load_codec
 from model.codec_training import CodecTraining
 from model.discriminator import Discriminator
-from model.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from model.muon import split_group
+from model.optim import adamw, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from scripts.cli import run_cli
 from scripts.codec_losses import MEL_SCALES, Balancer, MelDistance
 from scripts.codec_metrics import mean, mel_distance, stoi
@@ -108,7 +109,7 @@ class Trainer(TokenizerTrainer):
         windows, filters = loss.discriminator_windows, loss.discriminator_filters
         self.discriminator = Discriminator(windows, filters, compile)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.model = self._prepare("codec", self.training, optim.lr)
+        self.model = self._prepare("codec", self.training, optim.lr, optim.muon_lr)
         self.judge = self._prepare("discriminator", self.discriminator, optim.discriminator_lr)
         names = ("time", "mel", "adversarial", "feature")
         self.balancer = Balancer({name: getattr(loss, name) for name in names}, self.device)
@@ -123,13 +124,12 @@ class Trainer(TokenizerTrainer):
         self.training.start_from(load_codec(folder, self.device), frames)
         self.average.load_state_dict(self.codec.state_dict())
 
-    def _prepare(self, name: str, module: nn.Module, lr: float) -> nn.Module:
+    def _prepare(self, name: str, module: nn.Module, lr: float, muon_lr: float = 0) -> nn.Module:
         """The module as it is to be called; adds its optimiser."""
-        parameters, betas = module.to(self.device).parameters(), self.config.optim.betas
-        rate = torch.tensor(lr, device=self.device) if self.captured else lr
-        optimizer = torch.optim.AdamW(
-            parameters, rate, betas, weight_decay=0.0, fused=True, capturable=self.captured
-        )
+        groups = [{"params": list(module.to(self.device).parameters()), "weight_decay": 0.0}]
+        if muon_lr:
+            groups = split_group(module, groups[0], muon_lr / lr)
+        optimizer = adamw(groups, lr, self.config.optim.betas, self.captured)
         module, self.optimizers[name] = self.accelerator.prepare(module, optimizer)
         return module
 
@@ -179,6 +179,7 @@ class Trainer(TokenizerTrainer):
         quantize, learn, adversarial = variant
         judged = math.ceil(self.config.loss.judged_share * len(wav))  # clips come in random order
         decoded, commitment, error = self.model(wav, num_codebooks, restarts, quantize)
+        wav = wav[..., : decoded.shape[-1]]  # the rest was looked ahead at
         losses = {"time": F.l1_loss(decoded, wav), "mel": self.mel(decoded, wav)}
         logged = {"commitment": commitment, "quantizer_error": error}
         if learn:

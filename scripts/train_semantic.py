@@ -60,7 +60,8 @@ class Trainer(TokenizerTrainer):
         self.module = MaskedPrediction(model, num_classes, mult).to(self.device)
         if self.config.train.compile:
             self.module.compile_parts()
-        optimizer = make_optimizer(self.module, self.config.optim, capturable=self.captured)
+        optim = self.config.optim
+        optimizer = make_optimizer(self.module, optim, self.captured, optim.muon_lr)
         self.model, self.optimizer = self.accelerator.prepare(self.module, optimizer)
 
     def _load_data(self, tokenizer: SemanticTokenizer) -> None:
@@ -68,7 +69,7 @@ class Trainer(TokenizerTrainer):
         valid = spread(find_split(data.audio, "valid"), self.config.train.num_valid_clips)
         for split, speeds in ((find_split(data.audio, "train"), data.speeds), (valid, (1.0,))):
             recordings = decode_recordings(split, SAMPLE_RATE, speeds)
-            found.append(LabelledSegments(recordings, tokenizer, data))
+            found.append(LabelledSegments(recordings, tokenizer, data, speeds))
         self.segments, self.valid = found
         counts = torch.bincount(self.segments.labels, minlength=tokenizer.num_tokens) + 1.0
         self.unigram = float(-(counts / counts.sum()).log()[self.valid.labels.long()].mean())

@@ -70,6 +70,23 @@ def test_a_batch_equals_its_clips_one_by_one():
     assert torch.equal(codes, singly)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_a_frame_hears_lookahead_frames_beyond_its_own(lookahead):
+    codec = make_codec(replace(TINY, lookahead=lookahead))
+    wav = torch.randn(1, 1, 20 * codec.hop_length)
+    codes = codec.encode(wav)  # [1, K, 20]
+    assert codes.shape[2] == 20
+    heard = set()  # how far before the frame that changes the first code that changes lies
+    for frame in range(8, 16):
+        other = wav.clone()
+        other[..., frame * codec.hop_length :] = torch.randn(1, 1, (20 - frame) * codec.hop_length)
+        changed = (codec.encode(other) != codes).any(dim=1)[0]  # [20]
+        heard.add(frame - int(changed.nonzero()[0]))
+    assert max(heard) == lookahead
+    # what follows a clip is silence to it, so clips of a batch do not hear the padding
+    assert torch.equal(codec.encode(F.pad(wav, (0, 400)))[..., :20], codes)
+
+
 def test_fewer_codebooks_decode_the_first_ones():
     codec = make_codec()
     codes = codec.encode(torch.randn(1, 1, 80))

@@ -71,7 +71,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("changed", [{}, {"causal": False}, {"sample_rate": 24_000}], ids=str)
+@pytest.mark.parametrize(
+    "changed", [{}, {"causal": False}, {"lookahead": 1}, {"sample_rate": 24_000}], ids=str
+)
 def test_batches_and_threads_write_the_bytes_of_one_by_one(audio, semantic, tmp_path, changed):
     codec, options = make_codec(**changed), Options(min_seconds=0.01, shard_clips=9)
     cases = {"alone": (1, 1e-3), "some": (1, 1.7), "threads": (3, 0.9), "together": (2, 1e3)}

@@ -153,6 +153,22 @@ def test_crops_carry_the_labels_of_their_frames(segments, labels):
     assert not torch.equal(wav, other[0])
 
 
+def test_labels_are_those_of_the_recording_at_its_own_speed(audio, labels, segments):
+    speeds = (0.8, 1.0, 1.25)
+    recordings = decode_recordings(find_split(audio, "train"), RATE, speeds)
+    found = LabelledSegments(recordings, load_semantic(str(labels)), segments.config, speeds)
+    for i in range(len(segments.lengths)):
+        plain = segments.labels[segments.label_starts[i] :][: -(-segments.lengths[i] // HOP_LENGTH)]
+        for version, speed in enumerate(speeds):
+            n = 3 * i + version
+            played = found.labels[found.label_starts[n] :][: -(-found.lengths[n] // HOP_LENGTH)]
+            assert len(played) == pytest.approx(len(plain) / speed, abs=1)
+            expected = [
+                plain[min(int((t + 0.5) * speed), len(plain) - 1)] for t in range(len(played))
+            ]
+            assert played.tolist() == [int(token) for token in expected]
+
+
 def test_disturbed_crops(segments, monkeypatch):
     clean = segments.random_crops(np.random.default_rng(0), 16)
     config = SemanticDataConfig("x", 0.8, 1.0, (3.0, 3.0), 0.0)
@@ -234,6 +250,7 @@ def test_a_run_learns_below_the_unigram(audio, labels, tmp_path):
         "train.steps=80",
         "train.batch_size=8",
         "optim.lr=3e-3",
+        "optim.muon_lr=1e-2",
         "model.dropout=0",
     )
     train, (valid,) = log(out, "train"), log(out, "valid")

@@ -1,0 +1,95 @@
+"""Muon for the matrices of a model, AdamW for the rest, as one optimiser."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95
+LEAST_SIZE = 16  # rows and columns: what is narrower has too few directions to equalise
+ITERATIONS = 5
+DTYPES = {"cuda": torch.bfloat16}  # else fp32: bf16 products took a CPU 100 times as long
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def split_group(model: nn.Module, group: dict, lr_ratio: float) -> list[dict]:
+    """A parameter group of `model` as up to three: AdamW's; Muon's, whose learning rate is lr_ratio
+    times as high; and Muon's of LSTMs.
+
+    Muon's are the parameters that map hidden features to hidden features: not embeddings, gains or
+    biases, nor the first and last convolution of a waveform. A convolution [out, in, k] counts as
+    [out, in * k].
+    """
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    names = {p: name for name, p in model.named_parameters()}
+    groups = {None: [], 1: [], 4: []}  # by num_blocks
+    for p in group["params"]:
+        hidden = p.ndim >= 2 and min(p.shape[0], p.numel() // p.shape[0]) >= LEAST_SIZE
+        if not hidden or p in embeddings or names[p].endswith("embeddings"):
+            groups[None].append(p)
+        else:
+            groups[4 if "lstm." in names[p] else 1].append(p)
+    split = [group | {"params": groups.pop(None)}]
+    for num_blocks, params in groups.items():
+        split.append(group | {"params": params, "num_blocks": num_blocks, "lr_ratio": lr_ratio})
+    return [group for group in split if group["params"]]
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, but in parameter groups with a "num_blocks", Muon (Jordan et al. 2024).
+
+    Muon orthogonalises the momentum: each step moves every direction of a matrix equally far. As in
+    torch.optim.Muon (adjust_lr_fn="match_rms_adamw"), which the tests compare it with, an update
+    has a root mean square of 0.2 * lr. What torch's lacks: more than two dimensions, num_blocks
+    matrices stacked in one parameter (an LSTM's gates), equal shapes in one product, capture.
+    """
+
+    def step(self, closure: None = None) -> None:
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if "num_blocks" not in group]
+            super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if "num_blocks" in group:
+                self._muon_step(group)
+
+    @torch.no_grad()
+    def _muon_step(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        momenta = [self._momentum(p) for p in parameters]
+        gradients = [p.grad for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
+        alike = defaultdict(list)  # shape of a matrix -> [(parameter, its matrices)]
+        for p, direction in zip(parameters, directions, strict=True):
+            matrices = direction.reshape(group["num_blocks"], p.shape[0] // group["num_blocks"], -1)
+            alike[matrices.shape[1:]].append((p, matrices))
+        for shape, found in alike.items():
+            updates = orthogonalise(torch.cat([matrices for _, matrices in found]))
+            updates *= group["lr"] * 0.2 * max(shape) ** 0.5
+            for (p, _), update in zip(found, updates.split(group["num_blocks"]), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p))
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return self.state[p]["momentum_buffer"]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """matrices [N, R, C] -> the same with all singular values near 1 (0.7 to 1.2), fp32.
+
+    Newton-Schulz iterations of the fifth degree (https://kellerjordan.github.io/posts/muon).
+    """
+    x = matrices.to(DTYPES.get(matrices.device.type, torch.float32))
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT  # [N, R, R]
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
