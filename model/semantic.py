@@ -36,6 +36,7 @@ from model.hubert import (
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "semantic.safetensors"
 HUBERT = "hubert."  # before the names of a small HuBERT's weights
+SMALLEST_DEVIATION = 1e-2  # of a feature over a clip: in silence there is none
 HUBERT_NAMES = ("hubert_base", "hubert_large", "hubert_xlarge")
 
 
@@ -51,8 +52,12 @@ class MfccConfig:
     num_mfcc: int = 13
     delta_window: int = 5
     """Frames over which a delta is fitted: 5 x 20 ms, about the length of a phone."""
-    center: bool = False
-    """Take each clip's mean off its features: much of what tells voice and microphone."""
+    context: int = 0
+    """If not 0, no deltas: the coefficients of this many frames before and after are features,
+    too. They tell phones better, and change less often."""
+    per_clip: bool = False
+    """Bring the coefficients to mean 0 and deviation 1 over each clip: what stays the same
+    throughout tells voice and microphone."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +88,8 @@ class SmallHubertFeatures:
     window_length: int = WINDOW_LENGTH
     layer: int = 6
     architecture: SmallHubertConfig = field(default_factory=SmallHubertConfig)
-    center: bool = False
-    """Take each clip's mean off its features (van Niekerk et al. 2021), as of `MfccConfig`."""
+    per_clip: bool = False
+    """As in `MfccConfig` (the mean: van Niekerk et al. 2021)."""
 
 
 FeatureConfig = MfccConfig | HubertConfig | SmallHubertFeatures
@@ -117,8 +122,9 @@ class SemanticTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits of sha256 over the config (less where weights lie) and the tensors."""
         config = {key: value for key, value in asdict(self.config).items() if key != "weights"}
-        if not config.get("center"):  # younger than the first tokenizers
-            config.pop("center", None)
+        for key in ("context", "per_clip"):  # younger than the first tokenizers
+            if not config.get(key):
+                config.pop(key, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         digest.update(_hash_tensors(self._tensors()).encode())
         return digest.hexdigest()[:16]
@@ -167,17 +173,19 @@ class SemanticTokenizer(nn.Module):
         tensors = {"centroids": self.centroids, "mean": self.mean, "std": self.std}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
-    def _center(self, features: Tensor, lengths: Tensor | None) -> Tensor:
-        """features [B, T, F] less the mean of each clip's frames, where the config says so."""
-        if not self.config.center:
+    def _per_clip(self, features: Tensor, lengths: Tensor | None) -> Tensor:
+        """features [B, T, F] at mean 0 and deviation 1 over each clip, if the config says so."""
+        if not self.config.per_clip:
             return features
-        # in float64, so that padding does not change the mean's last bit, and with it a token
-        total, frames = exact(features), features.shape[1]  # [B, T, F], T
+        # in float64, so that padding does not change a mean's last bit, and with it a token
+        x, frames, inside = exact(features), features.shape[1], 1.0  # [B, T, F], T
         if lengths is not None:
             frames = self.num_frames(lengths)[:, None, None]  # [B, 1, 1]
             position = torch.arange(features.shape[1], device=features.device)[None, :, None]
-            total = total * (position < frames)
-        return features - (total.sum(1, keepdim=True) / frames).float()
+            inside = position < frames  # [B, T, 1]
+        x = x - (x * inside).sum(1, keepdim=True) / frames
+        variance = (x.square() * inside).sum(1, keepdim=True) / frames  # [B, 1, F]
+        return (x * variance.clamp(min=SMALLEST_DEVIATION**2).rsqrt()).float()
 
     def _pad(self, wav: Tensor) -> Tensor:
         """wav [B, 1, L] -> [B, T * hop + window - hop], T = ceil(L / hop)."""
@@ -185,15 +193,17 @@ class SemanticTokenizer(nn.Module):
 
 
 class MfccKMeans(SemanticTokenizer):
-    """MFCC + deltas + delta-deltas, F = 3 * num_mfcc.
+    """MFCC with deltas and delta-deltas, F = 3 * num_mfcc, or with those of the frames around,
+    F = (1 + 2 * context) * num_mfcc.
 
-    Log-mel energies, not decibels below the clip's peak: a frame's features then depend on its
-    neighbourhood alone, so a crop gets the tokens of the whole clip.
+    Log-mel energies, not decibels below the clip's peak: without `per_clip`, a frame's features
+    depend on its neighbourhood alone, so a crop gets the tokens of the whole clip.
     """
 
     def __init__(self, config: MfccConfig | None = None):
         config = config or MfccConfig()
-        super().__init__(config, num_features=3 * config.num_mfcc)
+        parts = 1 + 2 * config.context if config.context else 3
+        super().__init__(config, num_features=parts * config.num_mfcc)
         spectrogram = {"n_fft": config.window_length, "hop_length": config.hop_length}
         self.mfcc = torchaudio.transforms.MFCC(
             sample_rate=config.sample_rate,
@@ -204,18 +214,28 @@ class MfccKMeans(SemanticTokenizer):
 
     @torch.no_grad()
     def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """wav [B, 1, L] -> MFCC, deltas and delta-deltas [B, T, 3 * num_mfcc].
+        """wav [B, 1, L] -> features [B, T, F].
 
-        Deltas take the last frame to go on for ever: that of each clip, given `lengths` [B].
+        What a frame sees beyond the ends of its clip is the first frame and the last one again.
         """
-        features = [self.mfcc(self._pad(wav))]  # [B, num_mfcc, T]
-        source = torch.arange(features[0].shape[2], device=wav.device)[None, None]  # [1, 1, T]
-        if lengths is not None:
-            source = source.minimum(self.num_frames(lengths)[:, None, None] - 1)  # [B, 1, T]
-        for _ in range(2):
-            held = features[-1].gather(2, source.expand_as(features[-1]))
-            features.append(torchaudio.functional.compute_deltas(held, self.config.delta_window))
-        return self._center(torch.cat(features, dim=1).transpose(1, 2), lengths)  # [B, T, F]
+        mfcc = self.mfcc(self._pad(wav)).transpose(1, 2)  # [B, T, num_mfcc]
+        x = self._per_clip(mfcc, lengths).transpose(1, 2)  # [B, num_mfcc, T]
+        frame = torch.arange(x.shape[2], device=wav.device)[None, None]  # [1, 1, T]
+        last = frame[..., -1:] if lengths is None else self.num_frames(lengths)[:, None, None] - 1
+        context, parts = self.config.context, [x]
+        if context:
+            shifts = range(-context, context + 1)
+            parts = [x.gather(2, _held(frame + n, last, x)) for n in shifts]
+        else:
+            for _ in range(2):
+                held = parts[-1].gather(2, _held(frame, last, x))
+                parts.append(torchaudio.functional.compute_deltas(held, self.config.delta_window))
+        return torch.cat(parts, dim=1).transpose(1, 2)  # [B, T, F]
+
+
+def _held(frame: Tensor, last: Tensor, x: Tensor) -> Tensor:
+    """Frame numbers [1, 1, T] kept in 0..last [B, 1, 1], as an index into x [B, C, T]."""
+    return frame.clamp(min=0).minimum(last).expand_as(x)
 
 
 class SmallHubertKMeans(SemanticTokenizer):
@@ -238,7 +258,7 @@ class SmallHubertKMeans(SemanticTokenizer):
             overlap = self.config.window_length - self.hop_length
             windows = self.num_frames(lengths) * self.hop_length + overlap
         layers, _ = self.hubert.extract_features(padded, windows, num_layers=self.config.layer)
-        return self._center(layers[-1], lengths)  # [B, T, F]
+        return self._per_clip(layers[-1], lengths)  # [B, T, F]
 
     def _tensors(self) -> dict[str, Tensor]:
         """fp16 holds these weights exactly: they have been through it."""

@@ -141,13 +141,17 @@ def fit(
 
 
 def make_tokenizer(
-    features: str, layer: int, weights: str | None, center: bool = False
+    features: str, layer: int, weights: str | None, per_clip: bool = False, context: int = 0
 ) -> SemanticTokenizer:
     """A tokenizer without codebook. ValueError: `features` is neither a name nor a folder."""
     if features == "mfcc":
-        return MfccKMeans(MfccConfig(center=center))
-    if features in HUBERT_NAMES and center:
-        raise ValueError("--center is for mfcc and for runs of train_semantic; drop it")
+        if not 0 <= context <= 25:
+            raise ValueError(f"--context {context}: 0 to 25 frames of 20 ms")
+        return MfccKMeans(MfccConfig(per_clip=per_clip, context=context))
+    if context:
+        raise ValueError("--context is for mfcc; drop it")
+    if features in HUBERT_NAMES and per_clip:
+        raise ValueError("--per-clip is for mfcc and for runs of train_semantic; drop it")
     if features in HUBERT_NAMES:
         return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
     if not Path(features).is_dir():
@@ -156,7 +160,7 @@ def make_tokenizer(
     architecture, tensors = load_hubert(features)
     try:
         return SmallHubertKMeans(
-            SmallHubertFeatures(layer=layer, architecture=architecture, center=center), tensors
+            SmallHubertFeatures(layer=layer, architecture=architecture, per_clip=per_clip), tensors
         )
     except ValueError as error:
         raise ValueError(f"{features}: {error}") from None
@@ -175,7 +179,10 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
     parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
     parser.add_argument(
-        "--center", action="store_true", help="take each clip's mean off its features: less voice"
+        "--per-clip", action="store_true", help="normalise features over each clip: less voice"
+    )
+    parser.add_argument(
+        "--context", type=int, default=0, help="mfcc of so many frames around (0: deltas instead)"
     )
     parser.add_argument("--split", help="use a manifest's recordings of this split alone")
     parser.add_argument("--max-hours", type=float, default=5.0, help="of audio (default 5)")
@@ -195,7 +202,7 @@ def main() -> None:
     recordings = [r for r in recordings if args.split in (None, r.split)]
     if not recordings:
         raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
-    tokenizer = make_tokenizer(args.features, args.layer, args.weights, args.center)
+    tokenizer = make_tokenizer(args.features, args.layer, args.weights, args.per_clip, args.context)
     tokenizer = tokenizer.to(find_device(args.device)).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
     inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)

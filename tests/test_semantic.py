@@ -215,18 +215,21 @@ def small_hubert(layer=2, seed=0, **changed):
 
 def make_tokenizer(kind, folder):
     if kind.startswith("mfcc"):
-        return with_codebook(MfccKMeans(MfccConfig(center="centred" in kind)))
+        context = 3 if "context" in kind else 0
+        return with_codebook(MfccKMeans(MfccConfig(per_clip="per clip" in kind, context=context)))
     if kind.startswith("hubert"):
         return with_codebook(HubertKMeans(replace(tiny_hubert(folder)[1], model=kind), folder))
     tokenizer = small_hubert(norm_first="pre-norm" in kind)
-    tokenizer.config = replace(tokenizer.config, center="centred" in kind)
+    tokenizer.config = replace(tokenizer.config, per_clip="per clip" in kind)
     return with_codebook(tokenizer)
 
 
 KINDS = ["mfcc", "pre-norm", "post-norm", "hubert_base", "hubert_large"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mfcc, centred", "pre-norm, centred"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, "mfcc, per clip", "mfcc, context, per clip", "pre-norm, per clip"]
+)
 def test_a_padded_batch_has_the_tokens_of_each_clip_alone(kind, tmp_path):
     tokenizer = make_tokenizer(kind, tmp_path)
     lengths = [16_000, 9601, 9600, 3199, 320, 25]
@@ -244,15 +247,27 @@ def test_a_padded_batch_has_the_tokens_of_each_clip_alone(kind, tmp_path):
     assert not torch.allclose(unaware, tokenizer.features(clips[3])[0], atol=1e-3)
 
 
-def test_centred_features_lose_their_mean_and_a_small_hubert_its_loudness(tmp_path):
+def test_features_per_clip_lose_mean_and_scale_and_a_small_hubert_its_loudness(tmp_path):
     wav = noise(9600)
-    for kind in ("mfcc, centred", "pre-norm, centred"):
+    for kind in ("mfcc, per clip", "pre-norm, per clip"):
         tokenizer = make_tokenizer(kind, tmp_path)
-        assert tokenizer.features(wav).mean(dim=1).abs().max() < 1e-4
+        features = tokenizer.features(wav)[..., : 13 if "mfcc" in kind else None]  # less deltas
+        assert features.mean(dim=1).abs().max() < 1e-4
+        assert (features.square().mean(dim=1) - 1).abs().max() < 1e-3
         assert tokenizer.fingerprint != make_tokenizer(kind.split(",")[0], tmp_path).fingerprint
+    silence = make_tokenizer("mfcc, context, per clip", tmp_path).features(torch.zeros(1, 1, 3200))
+    assert silence.abs().max() < 1e-2
     hubert = make_tokenizer("pre-norm", tmp_path)
     assert hubert.features(wav).mean(dim=1).abs().max() > 1e-2
     torch.testing.assert_close(hubert.features(0.1 * wav), hubert.features(wav))
+
+
+def test_context_is_the_frames_around(tmp_path):
+    wav = noise(3200)
+    plain = make_tokenizer("mfcc", tmp_path).features(wav)[0, :, :13]  # [10, 13]
+    around = make_tokenizer("mfcc, context", tmp_path).features(wav)[0].view(10, 7, 13)
+    for t, shift in ((5, -3), (5, 0), (5, 3), (0, -2), (9, 3)):
+        torch.testing.assert_close(around[t, shift + 3], plain[min(max(t + shift, 0), 9)])
 
 
 def test_a_small_hubert_is_the_same_when_saved_and_loaded(tmp_path):
