@@ -59,7 +59,8 @@ phrase ratio: distance between takes of a phrase over that to other phrases: low
 found: takes whose nearest clip is a take of the same phrase, not of another: higher is better.
   by pitch: the same with the pitch and formants of one of the two changed, a stand-in for a voice.
 ±: half of the 95 % interval over clips.
-PNMI, purity: how much of the phones (--alignments) the tokens tell: higher is better."""
+PNMI, purity: how much of the phones (--alignments, from scripts.align_phones) the tokens tell:
+  higher is better."""
 
 
 def encode_clips(
