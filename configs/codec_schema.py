@@ -96,6 +96,9 @@ class CodecOptimConfig:
     decay_from: float = 0.5  # from this share of the steps on, a cosine takes the rate to 0
     ema_decay: float = 0.999  # averaged weights: what is validated, exported and shipped
 
+    def __post_init__(self) -> None:
+        check_least("optim", self, {"lr": 1e-9, "muon_lr": 0, "discriminator_lr": 0})
+
 
 @dataclass(frozen=True)
 class CodecRunConfig:

@@ -81,7 +81,7 @@ class SemanticOptimConfig:
     clip_norm: float = 1.0  # of the gradient; .inf turns it off
 
     def __post_init__(self) -> None:
-        check_least("optim", self, {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0})
+        check_least("optim", self, {"lr": 1e-9, "muon_lr": 0, "clip_norm": 1e-6, "warmup_steps": 0})
 
 
 @dataclass(frozen=True)

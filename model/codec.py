@@ -90,7 +90,10 @@ class Codec(nn.Module):
 
         It identifies what the codes mean, so the state that only learning needs is left out.
         """
-        digest = sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        config = asdict(self.config)
+        if not config["lookahead"]:  # younger than the first codecs
+            del config["lookahead"]
+        digest = sha256(json.dumps(config, sort_keys=True).encode())
         for key, value in sorted(inference_state(self.state_dict()).items()):
             digest.update(f"{key} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())

@@ -13,23 +13,30 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def split_group(model: nn.Module, group: dict, lr_ratio: float) -> list[dict]:
-    """A parameter group of `model` as up to three: AdamW's; Muon's, whose learning rate is lr_ratio
-    times as high; and Muon's of LSTMs.
+    """A parameter group of `model` as several: AdamW's, and Muon's by the number of matrices in a
+    parameter, with a learning rate lr_ratio times as high.
 
     Muon's are the parameters that map hidden features to hidden features: not embeddings, gains or
     biases, nor the first and last convolution of a waveform. A convolution [out, in, k] counts as
-    [out, in * k].
+    [out, in * k], each of its groups by itself; a transposed one [in, out, k] as [in, out * k].
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {p: name for name, p in model.named_parameters()}
-    groups = {None: [], 1: [], 4: []}  # by num_blocks
+    blocks = {  # parameter -> matrices stacked in it, where it is more than one
+        p: 4 if isinstance(m, nn.LSTM) else getattr(m, "groups", 1)
+        for m in model.modules()
+        if isinstance(m, nn.LSTM | nn.Conv1d)
+        for p in m.parameters()
+    }
+    groups = defaultdict(list)  # by num_blocks; None: AdamW's
     for p in group["params"]:
-        hidden = p.ndim >= 2 and min(p.shape[0], p.numel() // p.shape[0]) >= LEAST_SIZE
+        num_blocks = blocks.get(p, 1)
+        rows = p.shape[0] // num_blocks if p.ndim >= 2 else 0
+        hidden = rows and min(rows, p.numel() // p.shape[0]) >= LEAST_SIZE
         if not hidden or p in embeddings or names[p].endswith("embeddings"):
-            groups[None].append(p)
-        else:
-            groups[4 if "lstm." in names[p] else 1].append(p)
-    split = [group | {"params": groups.pop(None)}]
+            num_blocks = None
+        groups[num_blocks].append(p)
+    split = [group | {"params": groups.pop(None, [])}]
     for num_blocks, params in groups.items():
         split.append(group | {"params": params, "num_blocks": num_blocks, "lr_ratio": lr_ratio})
     return [group for group in split if group["params"]]

@@ -84,11 +84,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`. ValueError: Muon has what AdamW had, or vice versa."""
     parameters = dict(model.named_parameters())
+    muon = {p for g in optimizer.param_groups if "num_blocks" in g for p in g["params"]}
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         p = parameters[name]
+        if (kind == "momentum_buffer") != (p in muon):
+            begun = "with" if kind == "momentum_buffer" else "without"
+            raise ValueError(f"optim.muon_lr: this run was begun {begun} Muon; go on so")
         # Fused AdamW keeps its step counter on the parameter's device, as fp32.
         optimizer.state[p][kind] = value.to(p.device, torch.float32 if kind == "step" else p.dtype)
 

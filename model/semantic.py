@@ -59,6 +59,10 @@ class MfccConfig:
     """Bring the coefficients to mean 0 and deviation 1 over each clip: what stays the same
     throughout tells voice and microphone."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.context <= 25:
+            raise ValueError(f"context {self.context}: 0 to 25 frames of 20 ms")
+
 
 @dataclass(frozen=True)
 class HubertConfig:

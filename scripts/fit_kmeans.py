@@ -145,8 +145,6 @@ def make_tokenizer(
 ) -> SemanticTokenizer:
     """A tokenizer without codebook. ValueError: `features` is neither a name nor a folder."""
     if features == "mfcc":
-        if not 0 <= context <= 25:
-            raise ValueError(f"--context {context}: 0 to 25 frames of 20 ms")
         return MfccKMeans(MfccConfig(per_clip=per_clip, context=context))
     if context:
         raise ValueError("--context is for mfcc; drop it")

@@ -117,13 +117,14 @@ def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
     """Read a recording, cut it to whole codec frames (and to its first `seconds`), tokenize it."""
     codec, semantic = models.codec, models.semantic
     wav = load_audio(path, codec.sample_rate)
-    ahead = codec.config.lookahead  # frames that end in, or look ahead at, padding teach silence
+    # frames that end in, or look ahead at, padding would teach silence
+    ahead = codec.config.lookahead
     num_frames = wav.shape[1] // codec.hop_length - ahead
     if seconds is not None:
         num_frames = min(num_frames, int(seconds * codec.frame_rate + 1e-6))
     if num_frames <= 0:
-        least = (1 + ahead) / codec.frame_rate
-        raise ValueError(f"{path}: shorter than one frame, which takes {least:.3f} s")
+        least = f"one frame of {1 / codec.frame_rate:.3f} s"
+        raise ValueError(f"{path}: what is left of it as a prompt is shorter than {least}")
     wav = wav[:, : (num_frames + ahead) * codec.hop_length]
     other = load_audio(path, semantic.sample_rate)
     other = other[:, : round(num_frames / codec.frame_rate * semantic.sample_rate)]

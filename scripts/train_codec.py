@@ -1,7 +1,8 @@
 """Train a codec (EnCodec's recipe): reconstruction, discriminator, balanced losses, EMA weights.
 
-One step: segments -> CodecTraining (SEANet, residual VQ) -> losses -> Balancer -> AdamW. Every
-random choice is a function of (seed, step, rank), so a resumed run equals an uninterrupted one.
+One step: segments -> CodecTraining (SEANet, residual VQ) -> losses -> Balancer -> Muon, AdamW.
+Every random choice is a function of (seed, step, rank), so a resumed run equals an uninterrupted
+one.
 
 Writes to `out`: config.yaml, log.jsonl, checkpoints/, samples/ and codec/ (the EMA weights, for
 load_codec).
@@ -37,7 +38,8 @@ EXAMPLES = """\
   python -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=../shared/corpus/manifest.jsonl out=runs/codec --resume
   python -m scripts.train_codec --config configs/codec_16khz.yaml data.audio=recordings \\
-      train.start_from=pretrained/codec_16khz train.steps=2000 out=runs/mine
+      train.start_from=pretrained/codec_16khz train.steps=2000 out=runs/mine \\
+      model.encoder_filters=24 model.decoder_filters=24 model.lookahead=0
   accelerate launch -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=recordings out=runs/codec"""
 MIN_FRAMES = 7  # the widest kernel over frames: padded with their own reflection
@@ -83,7 +85,7 @@ class Trainer(TokenizerTrainer):
         self.valid = decode_recordings(spread(valid, train.num_valid_clips), model.sample_rate)
         least = max(MEL_SCALES[-1][0], MIN_FRAMES * model.hop_length)
         length = max(data.segment_seconds * model.sample_rate, least)
-        length = math.ceil(length / model.hop_length) * model.hop_length
+        length = (math.ceil(length / model.hop_length) + model.lookahead) * model.hop_length
         self.segments = RandomSegments(
             recordings, length, data.gain_db, train.seed, self.device, data.filter_db
         )
@@ -120,7 +122,8 @@ class Trainer(TokenizerTrainer):
     def _start_from(self, folder: str) -> None:
         """The weights of another run's codec."""
         clips = self.config.train.batch_size * self.accelerator.num_processes
-        frames = self.segments.length // self.codec.hop_length * clips
+        lookahead = self.config.model.lookahead
+        frames = (self.segments.length // self.codec.hop_length - lookahead) * clips
         self.training.start_from(load_codec(folder, self.device), frames)
         self.average.load_state_dict(self.codec.state_dict())
 

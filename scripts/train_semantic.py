@@ -1,9 +1,10 @@
 """Pretrain a small HuBERT by masked prediction of the tokens of an existing semantic tokenizer.
 
 Iteration 1 predicts MFCC tokens; iteration 2 those that scripts.fit_kmeans made from iteration 1.
-One step: crops and their labels -> filter, mixing, noise -> span mask -> MaskedPrediction -> AdamW.
-Every random choice is a function of (seed, step, rank), so a resumed run equals an uninterrupted
-one. Writes to `out`: config.yaml, log.jsonl, checkpoints/ and hubert/ (for scripts.fit_kmeans).
+One step: crops and their labels -> filter, mixing, noise -> span mask -> MaskedPrediction -> Muon
+and AdamW. Every random choice is a function of (seed, step, rank), so a resumed run equals an
+uninterrupted one. Writes to `out`: config.yaml, log.jsonl, checkpoints/ and hubert/ (for
+scripts.fit_kmeans).
 """
 
 from pathlib import Path

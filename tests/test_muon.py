@@ -111,7 +111,39 @@ def test_who_gets_muon():
     assert sorted(names[p] for g in found for p in g["params"]) == sorted(MATRICES)
     assert [g["num_blocks"] for g in found] == [1, 4]
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
-    assert LEAST_SIZE > 7
+
+
+def test_narrow_matrices_and_groups_of_convolutions():
+    width = LEAST_SIZE
+    model = nn.ModuleList([nn.Linear(64, width), nn.Linear(64, width - 1)])
+    model.append(nn.Conv1d(4 * width, 4 * width, 8, groups=4))
+    model.append(nn.Conv1d(4 * width, 4 * width, 8, groups=8))  # each has half of the rows
+    group = {"params": list(model.parameters()), "weight_decay": 0.0}
+    found = {g.get("num_blocks"): g["params"] for g in split_group(model, group, 1.0)}
+    assert [found[1], found[4]] == [[model[0].weight], [model[2].weight]]
+    assert found.keys() == {None, 1, 4}
+
+
+def test_captured_rates_are_set_in_place():
+    model = Net()
+    group = {"params": list(model.parameters()), "weight_decay": 0.0}
+    optimizer = adamw(split_group(model, group, 10.0), LR, (0.9, 0.98), capturable=True)
+    before = [g["lr"] for g in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.5)
+    assert all(a is g["lr"] for a, g in zip(before, optimizer.param_groups, strict=True))
+    assert [float(lr) for lr in before] == [0.5, 5.0, 5.0]
+
+
+def test_a_run_goes_on_with_the_optimiser_that_it_was_begun_with():
+    model, optimizer = make()
+    learn(model, optimizer, 1)
+    tensors = optimizer_tensors(optimizer, model)
+    adam = adamw([{"params": list(model.parameters()), "weight_decay": 0.0}], LR, (0.9, 0.98))
+    with pytest.raises(ValueError, match=r"optim\.muon_lr: this run was begun with Muon"):
+        load_optimizer_tensors(adam, model, tensors)
+    learn(model, adam, 1)
+    with pytest.raises(ValueError, match=r"optim\.muon_lr: this run was begun without Muon"):
+        load_optimizer_tensors(optimizer, model, optimizer_tensors(adam, model))
 
 
 def test_rates_keep_their_ratio():
