@@ -42,7 +42,7 @@ from model.checkpoint import (
     training_tensors,
 )
 from model.layouts import Sequences
-from model.optim import EMA, evaluating, learning_rate, make_optimizer
+from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
 from model.preview import preview, preview_codec
 from model.stages import Stage, StageSpec, stage_spec
 from scripts.cli import end_with_launcher, make_parser, run_cli
@@ -201,8 +201,7 @@ class Training:
             total, stopping = process.reduce(sums, "sum").tolist()
             self.stopping = signal.SIGTERM if stopping else None
         torch.manual_seed(dropout_seed(train.seed, self.step, process.process_index))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, train.steps, self.config.optim)
+        set_learning_rate(self.optimizer, learning_rate(self.step, train.steps, self.config.optim))
         for n, batch in enumerate(micro_batches):
             last = n == len(micro_batches) - 1
             with contextlib.nullcontext() if last else process.no_sync(self.model):

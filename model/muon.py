@@ -23,7 +23,7 @@ def split_group(model: nn.Module, group: dict, lr_ratio: float) -> list[dict]:
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {p: name for name, p in model.named_parameters()}
     blocks = {  # parameter -> matrices stacked in it, where it is more than one
-        p: 4 if isinstance(m, nn.LSTM) else getattr(m, "groups", 1)
+        p: 4 if isinstance(m, nn.LSTM) else m.groups
         for m in model.modules()
         if isinstance(m, nn.LSTM | nn.Conv1d)
         for p in m.parameters()

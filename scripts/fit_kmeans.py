@@ -29,7 +29,7 @@ EXAMPLES = """\
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
       --features mfcc --num-tokens 500 --out pretrained/semantic_mfcc --force
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
-      --features runs/hubert2 --layer 6 --device cuda --out pretrained/semantic_hubert
+      --features runs/hubert2 --layer 6 --per-clip --device cuda --out runs/semantic2
   python -m scripts.fit_kmeans --audio recordings --features hubert_base --layer 7 \\
       --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_hubert"""
 
