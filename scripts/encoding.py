@@ -108,7 +108,7 @@ class Encoder:
         self.rates = {codec.sample_rate, semantic.sample_rate}
         self.spent: Counter[str] = Counter()
         self._lock = Lock()
-        prepared = {"initializer": _prepare_thread, "initargs": (machine.device,)}
+        prepared = {"initializer": prepare_thread, "initargs": (machine.device,)}
         self.pool = ThreadPoolExecutor(machine.workers, **prepared)
         on_cpu = machine.device.type == "cpu"
         self._encoders = self.pool if on_cpu else ThreadPoolExecutor(1, **prepared)
@@ -225,9 +225,10 @@ class Encoder:
         return [codes[clip] for clip in range(len(frames))]
 
 
-def _prepare_thread(device: torch.device) -> None:
+def prepare_thread(device: torch.device) -> None:
+    """Of many threads, each works with one core, on `device`."""
     torch.set_num_threads(1)
-    if device.type == "cuda":  # threads begin with the first GPU
+    if device.type == "cuda" and device.index is not None:  # threads begin with the first GPU
         torch.cuda.set_device(device)
 
 

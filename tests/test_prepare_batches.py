@@ -1,18 +1,20 @@
 """scripts/encoding.py: how clips are batched, and by how many threads, changes no token."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.cuda._utils import _get_device_index
 
 from configs.codec_schema import CodecConfig
 from data.audio import Recording, find_recordings, load_audio
 from data.shards import TokenFolder
 from model.codec import Codec, initialise_weights
 from model.semantic import MfccConfig, MfccKMeans
-from scripts.encoding import CPU, Machine, Tokens, cut_batches
+from scripts.encoding import CPU, Machine, Tokens, cut_batches, prepare_thread
 from scripts.prepare import Encoder, Options, prepare
 
 SMALL = CodecConfig(
@@ -181,3 +183,16 @@ def test_the_report_says_where_the_time_went(audio, semantic, tmp_path, capsys):
     steps = output.split("time of all threads (--workers 1): ")[1].splitlines()[0]
     for step in ("looking", "decoding", "waiting", "semantic", "codec", "writing"):
         assert step in steps
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1"])
+def test_threads_go_to_the_gpu_that_has_a_number(name, monkeypatch):
+    chosen = []
+
+    def set_device(device):
+        chosen.append(_get_device_index(device))  # torch's own check: "cuda" alone is refused
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with ThreadPoolExecutor(1, initializer=prepare_thread, initargs=[torch.device(name)]) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+    assert chosen == [1] * (name == "cuda:1")
