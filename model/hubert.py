@@ -75,6 +75,13 @@ def span_mask(draws: Tensor, frames: Tensor, probability: float, span: int) -> T
     return (begun > ended) & (position < frames[:, None])
 
 
+def loss_weights(mask: Tensor, frames: Tensor, unmasked: float) -> Tensor:
+    """mask [B, T] of hidden frames, frames [B] that hold audio -> [B, T]: 1 if hidden, `unmasked`
+    if heard, 0 behind the end."""
+    audible = torch.arange(mask.shape[1], device=mask.device) < frames[:, None]  # [B, T]
+    return torch.where(mask, 1.0, unmasked * audible)
+
+
 class MaskedPrediction(nn.Module):
     """torchaudio's HuBERTPretrainModel, with a forward for whole batches on a GPU.
 
@@ -116,10 +123,10 @@ class MaskedPrediction(nn.Module):
     def forward(
         self, wav: Tensor, labels: Tensor, frames: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to predict.
+        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to hide.
 
-        Returns the sum of nats and the number of right guesses over masked frames, and the mean
-        square of the convolutions' output.
+        Returns of every frame the nats and whether the best guess is right, both [B, T], and the
+        mean square of the convolutions' output.
         """
         hubert, logits = self.hubert.wav2vec2, self.hubert.logit_generator
         wav = pad_to_frames(level(wav, HOP_LENGTH * frames[:, None]), WINDOW_LENGTH, HOP_LENGTH)
@@ -139,9 +146,8 @@ class MaskedPrediction(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             scores = projected @ classes.T / TEMPERATURE  # [B*T, num_classes]
             nats = F.cross_entropy(scores, labels.flatten(), reduction="none")
-        masked = mask.flatten()
-        right = (scores.argmax(1) == labels.flatten()) & masked
-        return (nats * masked).sum(), right.sum(), penalty
+        right = scores.argmax(1) == labels.flatten()
+        return nats.view_as(labels), right.view_as(labels), penalty
 
     def compile_parts(self) -> None:
         """torch.compile what has no random draw on the CPU: the convolutions and every layer."""

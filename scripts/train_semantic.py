@@ -19,7 +19,14 @@ from configs.semantic_schema import SemanticTrainConfig
 from data.dataset import mix
 from data.segments import decode_recordings, find_split, spread
 from model.checkpoint import read_state, read_tensors
-from model.hubert import HOP_LENGTH, SAMPLE_RATE, MaskedPrediction, save_hubert, span_mask
+from model.hubert import (
+    HOP_LENGTH,
+    SAMPLE_RATE,
+    MaskedPrediction,
+    loss_weights,
+    save_hubert,
+    span_mask,
+)
 from model.optim import (
     evaluating,
     learning_rate,
@@ -102,16 +109,19 @@ class Trainer(TokenizerTrainer):
 
     def _update(self, _: str, wav: Tensor, labels: Tensor, frames: Tensor, mask: Tensor) -> dict:
         """The step's work on the device."""
-        nats, right, penalty = self.model(wav, labels, frames, mask)
-        count = mask.sum().float()
-        total = self.accelerator.reduce(count, "mean")  # over processes: each frame weighs the same
         loss, optim = self.config.loss, self.config.optim
-        self.accelerator.backward(nats / total + loss.feature_penalty * penalty)
+        nats, right, penalty = self.model(wav, labels, frames, mask)  # [B, T], [B, T], []
+        weights = loss_weights(mask, frames, loss.unmasked)
+        total = self.accelerator.reduce(weights.sum(), "mean")  # a frame weighs as much anywhere
+        guessing = (nats * weights).sum() / total
+        self.accelerator.backward(guessing + loss.feature_penalty * penalty)
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        values = {"loss": nats / count, "accuracy": right / count, "grad_norm": norm}
-        return {name: v.detach() for name, v in {**values, "feature_penalty": penalty}.items()}
+        count = mask.sum()  # what is logged is of hidden frames alone
+        logged = {"loss": (nats * mask).sum() / count, "accuracy": (right & mask).sum() / count}
+        values = {**logged, "grad_norm": norm, "feature_penalty": penalty}
+        return {name: value.detach() for name, value in values.items()}
 
     def facts(self) -> dict[str, float]:
         return {"lr": float(self.optimizer.param_groups[0]["lr"])}
@@ -144,7 +154,7 @@ class Trainer(TokenizerTrainer):
                 wav, labels, frames = self.valid.crops(chosen, np.zeros_like(chosen))
                 mask = self._mask(np.random.default_rng(start), frames)
                 nats, right, _ = self.module(wav, labels, frames, mask)
-                sums += torch.stack([nats, right, mask.sum()])
+                sums += torch.stack([(nats * mask).sum(), (right & mask).sum(), mask.sum()])
         nats, right, count = sums.tolist()
         return {"loss": nats / count, "unigram": self.unigram, "accuracy": right / count}
 

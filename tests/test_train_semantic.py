@@ -29,6 +29,7 @@ from model.hubert import (
     build_hubert,
     level,
     load_hubert,
+    loss_weights,
     pad_to_frames,
     span_mask,
 )
@@ -207,11 +208,17 @@ def test_the_loss_is_that_of_torchaudios_own_forward():
     model.hubert.mask_generator.forward = fixed_mask
     with torch.no_grad():
         padded = pad_to_frames(level(wav, 320 * frames[:, None]), 400, 320)
-        masked, _, expected = model.hubert(padded, labels, 320 * frames + 80)
+        masked, heard, expected = model.hubert(padded, labels, 320 * frames + 80)
     model.hubert.mask_generator = generator
     zeros = torch.zeros(len(masked), dtype=torch.int64)  # the right class comes first
-    assert nats.item() == pytest.approx(F.cross_entropy(masked, zeros, reduction="sum").item())
-    assert right == (masked[:, 1:].max(1).values <= masked[:, 0]).sum()
+    torch.testing.assert_close(nats[mask], F.cross_entropy(masked, zeros, reduction="none"))
+    assert torch.equal(right[mask], masked[:, 1:].max(1).values <= masked[:, 0])
+    weights = loss_weights(mask, frames, 0.5)
+    zeros = torch.zeros(len(heard), dtype=torch.int64)
+    torch.testing.assert_close(
+        nats[weights == 0.5], F.cross_entropy(heard, zeros, reduction="none")
+    )
+    assert weights.sum() == len(masked) + 0.5 * len(heard) == mask.sum() + 0.5 * (61 - mask.sum())
     assert penalty.item() == pytest.approx(expected.item())
     assert masked.max() <= 1 / TEMPERATURE + 1e-4
 
@@ -223,7 +230,7 @@ def test_gradient_multiplier_and_export():
     for mult in (1.0, 0.1):
         torch.manual_seed(0)
         model = MaskedPrediction(TINY, 7, mult)
-        model(wav, labels, frames, mask)[0].backward()
+        model(wav, labels, frames, mask)[0].sum().backward()
         gradients.append(next(model.hubert.wav2vec2.feature_extractor.parameters()).grad)
     torch.testing.assert_close(gradients[0] * 0.1, gradients[1])
     model.eval()
