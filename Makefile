@@ -94,8 +94,9 @@ PROMPT := data/demo/audio/vm-newuser.opus
 demo: demo/index.html
 	@echo "Open $(CURDIR)/demo/index.html"
 
+# MFCC tokens: 18 s on two cores, with the default ones 24 s
 demo/tokens/header.json: data/demo/manifest.jsonl | $(STAMP)
-	$(BIN)/python -m scripts.prepare --audio $< --out demo/tokens
+	$(BIN)/python -m scripts.prepare --audio $< --semantic pretrained/semantic_mfcc --out demo/tokens
 	@touch $@
 
 demo/runs/%/.finished: configs/demo_%.yaml demo/tokens/header.json | $(STAMP)

@@ -1,7 +1,7 @@
 """Semantic tokenizers: wav -> one coarse "what is said" token per 20 ms.
 
 All kinds cluster frame features with k-means and name each frame by its nearest centroid:
-`MfccKMeans` (MFCC + deltas), `SmallHubertKMeans` (a layer of a HuBERT trained here; Hsu et al.
+`MfccKMeans`, `SmallHubertKMeans` (a layer of a HuBERT trained here; Hsu et al.
 2021, used as AudioLM uses w2v-BERT) and `HubertKMeans` (of a published one). A tokenizer lives in
 a folder: `config.json` says how features are made, `semantic.safetensors` holds mean, std [F],
 centroids [num_tokens, F] and, under `hubert.`, the small HuBERT's weights up to that layer.
@@ -42,7 +42,7 @@ HUBERT_NAMES = ("hubert_base", "hubert_large", "hubert_xlarge")
 
 @dataclass(frozen=True)
 class MfccConfig:
-    """Features of `MfccKMeans`: `num_mfcc` coefficients, their deltas and delta-deltas."""
+    """Features of `MfccKMeans`: `num_mfcc` coefficients of a frame and of those around it."""
 
     kind: Literal["mfcc"] = "mfcc"
     sample_rate: int = 16_000
@@ -50,18 +50,9 @@ class MfccConfig:
     window_length: int = 400
     num_mels: int = 40
     num_mfcc: int = 13
-    delta_window: int = 5
-    """Frames over which a delta is fitted: 5 x 20 ms, about the length of a phone."""
-    context: int = 0
-    """If not 0, no deltas: the coefficients of this many frames before and after are features,
-    too. They tell phones better, and change less often."""
-    per_clip: bool = False
-    """Bring the coefficients to mean 0 and deviation 1 over each clip: what stays the same
-    throughout tells voice and microphone."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.context <= 25:
-            raise ValueError(f"context {self.context}: 0 to 25 frames of 20 ms")
+    context: int = 3
+    """Frames before and as many after: they tell phones better than deltas do, and change less
+    often."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +83,6 @@ class SmallHubertFeatures:
     window_length: int = WINDOW_LENGTH
     layer: int = 6
     architecture: SmallHubertConfig = field(default_factory=SmallHubertConfig)
-    per_clip: bool = False
-    """As in `MfccConfig` (the mean: van Niekerk et al. 2021)."""
 
 
 FeatureConfig = MfccConfig | HubertConfig | SmallHubertFeatures
@@ -126,9 +115,6 @@ class SemanticTokenizer(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits of sha256 over the config (less where weights lie) and the tensors."""
         config = {key: value for key, value in asdict(self.config).items() if key != "weights"}
-        for key in ("context", "per_clip"):  # younger than the first tokenizers
-            if not config.get(key):
-                config.pop(key, None)
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         digest.update(_hash_tensors(self._tensors()).encode())
         return digest.hexdigest()[:16]
@@ -178,9 +164,8 @@ class SemanticTokenizer(nn.Module):
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _per_clip(self, features: Tensor, lengths: Tensor | None) -> Tensor:
-        """features [B, T, F] at mean 0 and deviation 1 over each clip, if the config says so."""
-        if not self.config.per_clip:
-            return features
+        """features [B, T, F] at mean 0 and deviation 1 over each clip: what stays the same
+        throughout tells voice and microphone (the mean: van Niekerk et al. 2021)."""
         # in float64, so that padding does not change a mean's last bit, and with it a token
         x, frames, inside = exact(features), features.shape[1], 1.0  # [B, T, F], T
         if lengths is not None:
@@ -197,17 +182,12 @@ class SemanticTokenizer(nn.Module):
 
 
 class MfccKMeans(SemanticTokenizer):
-    """MFCC with deltas and delta-deltas, F = 3 * num_mfcc, or with those of the frames around,
-    F = (1 + 2 * context) * num_mfcc.
-
-    Log-mel energies, not decibels below the clip's peak: without `per_clip`, a frame's features
-    depend on its neighbourhood alone, so a crop gets the tokens of the whole clip.
-    """
+    """MFCCs, normalised over the clip, with those of the frames around: F = (1 + 2 * context) *
+    num_mfcc."""
 
     def __init__(self, config: MfccConfig | None = None):
         config = config or MfccConfig()
-        parts = 1 + 2 * config.context if config.context else 3
-        super().__init__(config, num_features=parts * config.num_mfcc)
+        super().__init__(config, num_features=(1 + 2 * config.context) * config.num_mfcc)
         spectrogram = {"n_fft": config.window_length, "hop_length": config.hop_length}
         self.mfcc = torchaudio.transforms.MFCC(
             sample_rate=config.sample_rate,
@@ -223,23 +203,12 @@ class MfccKMeans(SemanticTokenizer):
         What a frame sees beyond the ends of its clip is the first frame and the last one again.
         """
         mfcc = self.mfcc(self._pad(wav)).transpose(1, 2)  # [B, T, num_mfcc]
-        x = self._per_clip(mfcc, lengths).transpose(1, 2)  # [B, num_mfcc, T]
-        frame = torch.arange(x.shape[2], device=wav.device)[None, None]  # [1, 1, T]
-        last = frame[..., -1:] if lengths is None else self.num_frames(lengths)[:, None, None] - 1
-        context, parts = self.config.context, [x]
-        if context:
-            shifts = range(-context, context + 1)
-            parts = [x.gather(2, _held(frame + n, last, x)) for n in shifts]
-        else:
-            for _ in range(2):
-                held = parts[-1].gather(2, _held(frame, last, x))
-                parts.append(torchaudio.functional.compute_deltas(held, self.config.delta_window))
-        return torch.cat(parts, dim=1).transpose(1, 2)  # [B, T, F]
-
-
-def _held(frame: Tensor, last: Tensor, x: Tensor) -> Tensor:
-    """Frame numbers [1, 1, T] kept in 0..last [B, 1, 1], as an index into x [B, C, T]."""
-    return frame.clamp(min=0).minimum(last).expand_as(x)
+        x = self._per_clip(mfcc, lengths)  # [B, T, num_mfcc]
+        frame = torch.arange(x.shape[1], device=wav.device)[None, :, None]  # [1, T, 1]
+        last = frame[:, -1:] if lengths is None else self.num_frames(lengths)[:, None, None] - 1
+        shifts = range(-self.config.context, self.config.context + 1)
+        places = [(frame + n).clamp(min=0).minimum(last).expand_as(x) for n in shifts]
+        return torch.cat([x.gather(1, place) for place in places], dim=2)  # [B, T, F]
 
 
 class SmallHubertKMeans(SemanticTokenizer):

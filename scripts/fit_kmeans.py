@@ -15,7 +15,6 @@ from model.semantic import (
     HUBERT_NAMES,
     HubertConfig,
     HubertKMeans,
-    MfccConfig,
     MfccKMeans,
     SemanticTokenizer,
     SmallHubertFeatures,
@@ -29,7 +28,7 @@ EXAMPLES = """\
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
       --features mfcc --num-tokens 500 --out pretrained/semantic_mfcc --force
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
-      --features runs/hubert2 --layer 6 --per-clip --device cuda --out runs/semantic2
+      --features runs/hubert2 --layer 6 --device cuda --out runs/semantic2
   python -m scripts.fit_kmeans --audio recordings --features hubert_base --layer 7 \\
       --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_hubert"""
 
@@ -140,16 +139,10 @@ def fit(
     return inertia, Categorical(counts.double()).perplexity().item()
 
 
-def make_tokenizer(
-    features: str, layer: int, weights: str | None, per_clip: bool = False, context: int = 0
-) -> SemanticTokenizer:
+def make_tokenizer(features: str, layer: int, weights: str | None) -> SemanticTokenizer:
     """A tokenizer without codebook. ValueError: `features` is neither a name nor a folder."""
     if features == "mfcc":
-        return MfccKMeans(MfccConfig(per_clip=per_clip, context=context))
-    if context:
-        raise ValueError("--context is for mfcc; drop it")
-    if features in HUBERT_NAMES and per_clip:
-        raise ValueError("--per-clip is for mfcc and for runs of train_semantic; drop it")
+        return MfccKMeans()
     if features in HUBERT_NAMES:
         return HubertKMeans(HubertConfig(model=features, layer=layer, weights=weights))
     if not Path(features).is_dir():
@@ -157,9 +150,8 @@ def make_tokenizer(
         raise ValueError(f"--features {features}: none of {names}, nor a run of train_semantic")
     architecture, tensors = load_hubert(features)
     try:
-        return SmallHubertKMeans(
-            SmallHubertFeatures(layer=layer, architecture=architecture, per_clip=per_clip), tensors
-        )
+        config = SmallHubertFeatures(layer=layer, architecture=architecture)
+        return SmallHubertKMeans(config, tensors)
     except ValueError as error:
         raise ValueError(f"{features}: {error}") from None
 
@@ -176,12 +168,6 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=500, help="centroids (default 500)")
     parser.add_argument("--layer", type=int, default=7, help="HuBERT's layer, from 1 (default 7)")
     parser.add_argument("--weights", help="torchaudio's file of HuBERT weights, instead of network")
-    parser.add_argument(
-        "--per-clip", action="store_true", help="normalise features over each clip: less voice"
-    )
-    parser.add_argument(
-        "--context", type=int, default=0, help="mfcc of so many frames around (0: deltas instead)"
-    )
     parser.add_argument("--split", help="use a manifest's recordings of this split alone")
     parser.add_argument("--max-hours", type=float, default=5.0, help="of audio (default 5)")
     parser.add_argument("--seed", type=int, default=0)
@@ -200,7 +186,7 @@ def main() -> None:
     recordings = [r for r in recordings if args.split in (None, r.split)]
     if not recordings:
         raise ValueError(f"{args.audio}: no recording has split {args.split!r}")
-    tokenizer = make_tokenizer(args.features, args.layer, args.weights, args.per_clip, args.context)
+    tokenizer = make_tokenizer(args.features, args.layer, args.weights)
     tokenizer = tokenizer.to(find_device(args.device)).eval()
     features = collect_features(tokenizer, recordings, args.max_hours, args.seed)
     inertia, perplexity = fit(tokenizer, features, args.num_tokens, args.seed)

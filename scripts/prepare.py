@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
     parser.add_argument("--out", required=True, help="token folder to write or to continue")
     parser.add_argument("--codec", default="pretrained/codec_16khz", help="folder or encodec_24khz")
-    parser.add_argument("--semantic", default="pretrained/semantic_mfcc", help="folder")
+    parser.add_argument("--semantic", default="pretrained/semantic_hubert", help="folder")
     parser.add_argument("--min-seconds", type=float, default=Options.min_seconds)
     parser.add_argument(
         "--max-seconds",

@@ -50,7 +50,7 @@ def semantic():
     tokenizer = MfccKMeans(MfccConfig(num_mels=20, num_mfcc=5))
     generator = torch.Generator().manual_seed(0)
     tokenizer.set_codebook(
-        torch.zeros(15), torch.ones(15), torch.randn(30, 15, generator=generator)
+        torch.zeros(35), torch.ones(35), torch.randn(30, 35, generator=generator)
     )
     return tokenizer
 

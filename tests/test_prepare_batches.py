@@ -51,8 +51,8 @@ def make_codec(**changed):
 def semantic():
     generator = torch.Generator().manual_seed(0)
     tokenizer = MfccKMeans(MfccConfig(num_mels=20, num_mfcc=5))
-    centroids = torch.randn(30, 15, generator=generator)
-    tokenizer.set_codebook(torch.zeros(15), torch.ones(15), centroids)
+    centroids = torch.randn(30, 35, generator=generator)
+    tokenizer.set_codebook(torch.zeros(35), torch.ones(35), centroids)
     return tokenizer
 
 
