@@ -57,11 +57,11 @@ class SemanticDataConfig:
 
 @dataclass(frozen=True)
 class SemanticLossConfig:
-    """Masked prediction: cross-entropy of the labels of hidden frames, over cosine similarities."""
+    """Masked prediction: cross-entropy of the labels of masked frames, over cosine similarities."""
 
     mask_probability: float = 0.8  # spans * mask_span / frames; they overlap: 56% is masked
     mask_span: int = 10  # frames
-    unmasked: float = 1.0  # weight of frames that are heard: noise, filter, voice; HuBERT: 0
+    unmasked: float = 0.0  # weight of the loss at frames that are not masked; HuBERT: 0
     feature_penalty: float = 10.0  # weight of the mean square of the convolutions' output
     feature_grad_mult: float = 1.0  # of the gradient that reaches the convolutions; base: 0.1
 

@@ -3,7 +3,7 @@
 The package's modules hold the weights and remain the specification: `layers` gives what running
 them in turn gives. Here time stands before channels, so that a strided convolution is one matrix
 product over a view of its input, and padding, activations and sums are left to torch.compile. On
-one H100 a training step of the shipped codec took 87 ms with the package's layers.
+one H100 a training step of a codec with 24 filters took 87 ms with the package's layers.
 """
 
 import torch

@@ -76,8 +76,8 @@ def span_mask(draws: Tensor, frames: Tensor, probability: float, span: int) -> T
 
 
 def loss_weights(mask: Tensor, frames: Tensor, unmasked: float) -> Tensor:
-    """mask [B, T] of hidden frames, frames [B] that hold audio -> [B, T]: 1 if hidden, `unmasked`
-    if heard, 0 behind the end."""
+    """mask [B, T], frames [B] that hold audio -> [B, T]: 1 where masked, `unmasked` where not, 0
+    behind the end."""
     audible = torch.arange(mask.shape[1], device=mask.device) < frames[:, None]  # [B, T]
     return torch.where(mask, 1.0, unmasked * audible)
 
@@ -86,7 +86,7 @@ class MaskedPrediction(nn.Module):
     """torchaudio's HuBERTPretrainModel, with a forward for whole batches on a GPU.
 
     The same modules and numbers. Its own forward gathers masked frames (host syncs) and repeats
-    them for every class: 3 GB for 500 classes; here all frames are scored and the loss is masked.
+    them for every class: 3 GB for 500 classes; here all are scored, and the loss weighs them.
     """
 
     def __init__(self, config: SmallHubertConfig, num_classes: int, feature_grad_mult: float = 1.0):
@@ -123,7 +123,7 @@ class MaskedPrediction(nn.Module):
     def forward(
         self, wav: Tensor, labels: Tensor, frames: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to hide.
+        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to mask.
 
         Returns of every frame the nats and whether the best guess is right, both [B, T], and the
         mean square of the convolutions' output.

@@ -183,7 +183,7 @@ class SemanticTokenizer(nn.Module):
 
 class MfccKMeans(SemanticTokenizer):
     """MFCCs, normalised over the clip, with those of the frames around: F = (1 + 2 * context) *
-    num_mfcc."""
+    num_mfcc. A crop's tokens can differ from the whole clip's."""
 
     def __init__(self, config: MfccConfig | None = None):
         config = config or MfccConfig()
@@ -295,12 +295,13 @@ def load_semantic(name: str, device: str | torch.device = "cpu") -> SemanticToke
     if not (folder / CONFIG_FILE).is_file() or not tensor_file.is_file():
         raise ValueError(
             f"{folder}: not a semantic tokenizer ({CONFIG_FILE} and {TENSOR_FILE} expected); pass "
-            "pretrained/semantic_mfcc or a folder made by scripts.fit_kmeans"
+            "pretrained/semantic_hubert or a folder made by scripts.fit_kmeans"
         )
     try:
         config = _read_config(folder / CONFIG_FILE)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: damaged or not ours ({error!r})") from None
+        reason = f"damaged, or not of this version ({error!r})"
+        raise ValueError(f"{folder / CONFIG_FILE}: {reason}; fit it again") from None
     if isinstance(config, HubertConfig):
         tokenizer: SemanticTokenizer = HubertKMeans(config, folder)
     try:

@@ -34,8 +34,8 @@ CPU = torch.device("cpu")
 SILENT_PEAK = 1e-3
 """A recording that never exceeds this (-60 dB) holds no speech."""
 CPU_BATCH_SECONDS = 10.0
-"""Activations beyond 32 MiB (20 s of the shipped codec) come from the system page by page, every
-time anew: a core then encodes 18 times real time instead of 30."""
+"""Activations beyond 32 MiB (16 s of the shipped codec) come from the system page by page, every
+time anew: a core then encoded 18 times real time instead of 30 (a codec of 24 filters)."""
 GPU_BATCH_SECONDS = 320.0
 GPU_BATCH_SECONDS_PER_GIB = 16.0
 """64 MiB a second of audio: several times what the codecs need, so that long clips fit too."""

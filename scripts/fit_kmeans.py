@@ -28,9 +28,9 @@ EXAMPLES = """\
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
       --features mfcc --num-tokens 500 --out pretrained/semantic_mfcc --force
   python -m scripts.fit_kmeans --audio ../shared/corpus/manifest.jsonl --split train \\
-      --features runs/hubert2 --layer 6 --device cuda --out runs/semantic2
+      --features runs/hubert --layer 6 --device cuda --out runs/semantic2
   python -m scripts.fit_kmeans --audio recordings --features hubert_base --layer 7 \\
-      --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_hubert"""
+      --weights hubert_fairseq_base_ls960.pth --device cuda --out runs/semantic_base"""
 
 CHUNK = 16_384
 """Frames per distance matrix: [16384, 500] floats are 33 MB."""

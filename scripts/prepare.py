@@ -319,8 +319,9 @@ def main() -> None:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
     parser.add_argument("--out", required=True, help="token folder to write or to continue")
-    parser.add_argument("--codec", default="pretrained/codec_16khz", help="folder or encodec_24khz")
-    parser.add_argument("--semantic", default="pretrained/semantic_hubert", help="folder")
+    codec, semantic = "pretrained/codec_16khz", "pretrained/semantic_hubert"
+    parser.add_argument("--codec", default=codec, help="folder (%(default)s) or encodec_24khz")
+    parser.add_argument("--semantic", default=semantic, help="folder (%(default)s)")
     parser.add_argument("--min-seconds", type=float, default=Options.min_seconds)
     parser.add_argument(
         "--max-seconds",

@@ -49,6 +49,7 @@ class TokenizerTrainer:
         if precision == "auto":
             precision = "bf16" if torch.cuda.is_available() else "no"
         self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
             mixed_precision=precision,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             log_with=None if config.wandb.mode == "off" else "wandb",

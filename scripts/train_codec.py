@@ -39,7 +39,7 @@ EXAMPLES = """\
       data.audio=../shared/corpus/manifest.jsonl out=runs/codec --resume
   python -m scripts.train_codec --config configs/codec_16khz.yaml data.audio=recordings \\
       train.start_from=pretrained/codec_16khz train.steps=2000 out=runs/mine \\
-      model.encoder_filters=24 model.decoder_filters=24 model.lookahead=0
+      loss.adversarial_from_step=500
   accelerate launch -m scripts.train_codec --config configs/codec_16khz.yaml \\
       data.audio=recordings out=runs/codec"""
 MIN_FRAMES = 7  # the widest kernel over frames: padded with their own reflection

@@ -44,9 +44,10 @@ EXAMPLES = """\
   python -m scripts.train_semantic --config configs/hubert_16khz.yaml \\
       data.audio=../shared/corpus/manifest.jsonl labels=pretrained/semantic_mfcc out=runs/hubert1
   python -m scripts.train_semantic --config configs/hubert_16khz.yaml \\
-      data.audio=../shared/corpus/manifest.jsonl labels=runs/semantic1 out=runs/hubert2
+      data.audio=../shared/corpus/manifest.jsonl labels=pretrained/semantic_hubert out=runs/hubert2
   python -m scripts.train_semantic --config configs/hubert_16khz.yaml \\
-      data.audio=../shared/corpus/manifest.jsonl labels=runs/semantic1 out=runs/hubert2 --resume"""
+      data.audio=../shared/corpus/manifest.jsonl labels=pretrained/semantic_hubert \\
+      out=runs/hubert2 --resume"""
 
 
 class Trainer(TokenizerTrainer):
@@ -118,7 +119,7 @@ class Trainer(TokenizerTrainer):
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        count = mask.sum()  # what is logged is of hidden frames alone
+        count = mask.sum()  # what is logged is of masked frames alone
         logged = {"loss": (nats * mask).sum() / count, "accuracy": (right & mask).sum() / count}
         values = {**logged, "grad_norm": norm, "feature_penalty": penalty}
         return {name: value.detach() for name, value in values.items()}

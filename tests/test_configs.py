@@ -14,6 +14,8 @@ from tokens import CODEC, SEMANTIC, write_tokens
 from configs.codec_schema import CodecTrainConfig
 from configs.load import load_config, save_config
 from configs.schema import RunConfig
+from configs.semantic_schema import SemanticTrainConfig
+from model.codec import load_codec
 from model.stages import STAGES
 from scripts import evaluate, fit_kmeans, prepare, sample_options, train_codec, train_semantic
 from scripts.train_codec import main as train_codec_main
@@ -139,6 +141,13 @@ def test_examples_in_help_name_real_files_and_flags(module):
                 assert f'"{word}"' in source, word
             if word.startswith("configs/"):
                 assert (ROOT / word).is_file(), word
+        schema = {train_codec: CodecTrainConfig, train_semantic: SemanticTrainConfig}.get(module)
+        if schema:
+            recipe = ROOT / words[words.index("--config") + 1]
+            config = load_config(schema, recipe, [word for word in words if "=" in word])
+            start_from = getattr(config.train, "start_from", None)
+            if start_from:
+                assert load_codec(str(ROOT / start_from)).config == config.model
 
 
 def test_examples_of_train_load():

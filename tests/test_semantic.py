@@ -284,7 +284,7 @@ def test_folders_that_are_none_are_named(mfcc, tmp_path):
     good = config.read_text()
     for bad in ("{", "[]", "{}", '{"kind": "mfcc", "x": 1}'):
         config.write_text(bad)
-        with pytest.raises(ValueError, match=r"config\.json: damaged or not ours"):
+        with pytest.raises(ValueError, match=r"config\.json: damaged, or not of this version"):
             load_semantic(str(tmp_path))
     config.write_text(good.replace("13", "12"))
     with pytest.raises(ValueError, match=r"semantic\.safetensors.*not 84 wide"):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,24 @@ def test_the_loss_is_that_of_torchaudios_own_forward():
     assert weights.sum() == len(masked) + 0.5 * len(heard) == mask.sum() + 0.5 * (61 - mask.sum())
     assert penalty.item() == pytest.approx(expected.item())
     assert masked.max() <= 1 / TEMPERATURE + 1e-4
+
+
+def test_the_step_weighs_what_is_not_masked(audio, labels, tmp_path):
+    more = ["train.steps=1", "loss.unmasked=0.5", "model.dropout=0", "loss.feature_penalty=0"]
+    run(audio, labels, tmp_path / "run", *more)
+    config = load_config(SemanticTrainConfig, tmp_path / "run" / "config.yaml")
+    trainer = train_semantic.Trainer(replace(config, out=str(tmp_path / "again")), False)
+    wav, tokens, frames = trainer.segments.random_crops(np.random.default_rng(1), 3)
+    mask = span_mask(torch.rand(3, 41), frames, 0.8, 10)
+    nats, _, _ = trainer.module(wav, tokens, frames, mask)
+    heard = ~mask & (torch.arange(40) < frames[:, None])
+    mean = (nats[mask].sum() + 0.5 * nats[heard].sum()) / (mask.sum() + 0.5 * heard.sum())
+    embeddings, found = trainer.module.hubert.logit_generator.label_embeddings, {}
+    expected = torch.autograd.grad(mean, embeddings)[0]
+    embeddings.register_post_accumulate_grad_hook(lambda p: found.update(grad=p.grad.clone()))
+    logged = trainer._update("step", wav, tokens, frames, mask)
+    torch.testing.assert_close(found["grad"], expected)
+    torch.testing.assert_close(logged["loss"], nats[mask].mean().detach())
 
 
 def test_gradient_multiplier_and_export():
