@@ -123,7 +123,7 @@ class MaskedPrediction(nn.Module):
     def forward(
         self, wav: Tensor, labels: Tensor, frames: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to mask.
+        """wav [B, L], labels [B, T], frames [B] that hold audio, mask [B, T] of those to hide.
 
         Returns of every frame the nats and whether the best guess is right, both [B, T], and the
         mean square of the convolutions' output.

@@ -1,10 +1,10 @@
 """Semantic tokenizers: wav -> one coarse "what is said" token per 20 ms.
 
 All kinds cluster frame features with k-means and name each frame by its nearest centroid:
-`MfccKMeans`, `SmallHubertKMeans` (a layer of a HuBERT trained here; Hsu et al.
-2021, used as AudioLM uses w2v-BERT) and `HubertKMeans` (of a published one). A tokenizer lives in
-a folder: `config.json` says how features are made, `semantic.safetensors` holds mean, std [F],
-centroids [num_tokens, F] and, under `hubert.`, the small HuBERT's weights up to that layer.
+`MfccKMeans`, `SmallHubertKMeans` (a layer of a HuBERT trained here; Hsu et al. 2021, used as
+AudioLM uses w2v-BERT) and `HubertKMeans` (of a published one). A tokenizer lives in a folder:
+`config.json` says how features are made, `semantic.safetensors` holds mean, std [F], centroids
+[num_tokens, F] and, under `hubert.`, the small HuBERT's weights up to that layer.
 """
 
 import hashlib
@@ -120,7 +120,8 @@ class SemanticTokenizer(nn.Module):
         return digest.hexdigest()[:16]
 
     def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """wav [B, 1, L] at `sample_rate` -> raw features [B, T, F], T = ceil(L / hop_length)."""
+        """wav [B, 1, L] at `sample_rate` -> features [B, T, F], T = ceil(L / hop_length); `mean` and
+        `std` are not yet applied."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class SemanticTokenizer(nn.Module):
         return (lengths + self.hop_length - 1).div(self.hop_length, rounding_mode="floor").clamp(1)
 
     def set_codebook(self, mean: Tensor, std: Tensor, centroids: Tensor) -> None:
-        """mean, std [F] of the raw features; centroids [num_tokens, F] of the normalised ones."""
+        """mean, std [F] of `features`; centroids [num_tokens, F] of the normalised ones."""
         for name, tensor in (("mean", mean), ("std", std), ("centroids", centroids)):
             if tensor.shape[-1:] != (self.num_features,) or not tensor.isfinite().all():
                 shape = list(tensor.shape)
@@ -224,7 +225,7 @@ class SmallHubertKMeans(SemanticTokenizer):
 
     @torch.no_grad()
     def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """wav [B, 1, L] -> the output of layer `layer` [B, T, dim]."""
+        """wav [B, 1, L] -> the output of layer `layer`, normalised over the clip [B, T, dim]."""
         samples = torch.tensor([wav.shape[2]], device=wav.device) if lengths is None else lengths
         padded, windows = self._pad(level(wav, samples[:, None, None])), None
         if lengths is not None:  # of the samples under whole windows

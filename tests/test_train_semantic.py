@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,11 +234,10 @@ def test_the_loss_is_that_of_torchaudios_own_forward():
     assert masked.max() <= 1 / TEMPERATURE + 1e-4
 
 
-def test_the_step_weighs_what_is_not_masked(audio, labels, tmp_path):
-    more = ["train.steps=1", "loss.unmasked=0.5", "model.dropout=0", "loss.feature_penalty=0"]
-    run(audio, labels, tmp_path / "run", *more)
-    config = load_config(SemanticTrainConfig, tmp_path / "run" / "config.yaml")
-    trainer = train_semantic.Trainer(replace(config, out=str(tmp_path / "again")), False)
+def test_the_step_weighs_what_is_not_masked(whole, tmp_path):
+    plain = ["loss.unmasked=0.5", "loss.feature_penalty=0", "model.dropout=0", f"out={tmp_path}"]
+    config = load_config(SemanticTrainConfig, whole / "config.yaml", plain)
+    trainer = train_semantic.Trainer(config, resume=False)
     wav, tokens, frames = trainer.segments.random_crops(np.random.default_rng(1), 3)
     mask = span_mask(torch.rand(3, 41), frames, 0.8, 10)
     nats, _, _ = trainer.module(wav, tokens, frames, mask)
