@@ -120,8 +120,10 @@ class SemanticTokenizer(nn.Module):
         return digest.hexdigest()[:16]
 
     def features(self, wav: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """wav [B, 1, L] at `sample_rate` -> features [B, T, F], T = ceil(L / hop_length); `mean` and
-        `std` are not yet applied."""
+        """wav [B, 1, L] at `sample_rate` -> features [B, T, F], T = ceil(L / hop_length).
+
+        `mean` and `std` are not yet applied.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
