@@ -2,7 +2,7 @@
 
     decode   recording -> wav at the tokenizers' rates   the workers
     gather   wavs -> one batch padded with zeros         the workers
-    encode   batch -> tokens                             the workers; a GPU has a thread for it
+    encode   batch -> tokens                             the workers; a GPU has threads for it
 
 Workers are threads: libsndfile and torch's operators let go of Python's lock. Each has one core to
 itself, since an operator split over several cores adds in another order, which changes a code now
@@ -36,8 +36,11 @@ SILENT_PEAK = 1e-3
 CPU_BATCH_SECONDS = 10.0
 """Activations beyond 32 MiB (16 s of the shipped codec) come from the system page by page, every
 time anew: a core then encoded 18 times real time instead of 30 (a codec of 24 filters)."""
+GPU_ENCODERS = 2
+"""Threads that feed a GPU, each through a stream of its own: while one launches the LSTM's many
+small steps or waits for its tokens, the other's convolutions fill the GPU."""
 GPU_BATCH_SECONDS = 320.0
-GPU_BATCH_SECONDS_PER_GIB = 16.0
+GPU_BATCH_SECONDS_PER_GIB = 16.0 / GPU_ENCODERS
 """64 MiB a second of audio: several times what the codecs need, so that long clips fit too."""
 REFLECTED_FRAMES = 8
 """In a causal codec, a clip's first frames also hear a reflection of up to 6 frames that follow
@@ -111,7 +114,7 @@ class Encoder:
         prepared = {"initializer": prepare_thread, "initargs": (machine.device,)}
         self.pool = ThreadPoolExecutor(machine.workers, **prepared)
         on_cpu = machine.device.type == "cpu"
-        self._encoders = self.pool if on_cpu else ThreadPoolExecutor(1, **prepared)
+        self._encoders = self.pool if on_cpu else ThreadPoolExecutor(GPU_ENCODERS, **prepared)
 
     def __enter__(self) -> "Encoder":
         return self
@@ -226,10 +229,12 @@ class Encoder:
 
 
 def prepare_thread(device: torch.device) -> None:
-    """Of many threads, each works with one core, on `device`."""
+    """Of many threads, each works with one core, on `device`, in a stream of its own."""
     torch.set_num_threads(1)
-    if device.type == "cuda" and device.index is not None:  # threads begin with the first GPU
-        torch.cuda.set_device(device)
+    if device.type == "cuda":
+        if device.index is not None:  # threads begin with the first GPU
+            torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def cut_batches(

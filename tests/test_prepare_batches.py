@@ -185,7 +185,7 @@ def test_the_report_says_where_the_time_went(audio, semantic, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1"])
-def test_threads_go_to_the_gpu_that_has_a_number(name, monkeypatch):
+def test_threads_go_to_the_gpu_that_has_a_number_each_with_a_stream(name, monkeypatch):
     from torch.cuda._utils import _get_device_index  # private: here it breaks one test at most
 
     chosen = []
@@ -193,7 +193,11 @@ def test_threads_go_to_the_gpu_that_has_a_number(name, monkeypatch):
     def set_device(device):
         chosen.append(_get_device_index(device))  # torch's own check: "cuda" alone is refused
 
+    streams = []
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: tuple(chosen))  # of the GPU chosen so far
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     with ThreadPoolExecutor(1, initializer=prepare_thread, initargs=[torch.device(name)]) as pool:
         assert pool.submit(torch.get_num_threads).result() == 1
     assert chosen == [1] * (name == "cuda:1")
+    assert streams == [tuple(chosen)] * (name != "cpu")
