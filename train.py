@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 from configs.files import atomic_write
@@ -29,7 +30,7 @@ from configs.load import check_same_config, load_config, save_config
 from configs.schema import RunConfig
 from data.audio import save_audio
 from data.baselines import token_rates
-from data.dataset import Batch, TrainBatches, ValidBatches, make_loader, mix
+from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import Clip, TokenFolder, semantic_rate
 from model.attend import resolve
 from model.checkpoint import (
@@ -41,6 +42,7 @@ from model.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
+from model.guard import Guard
 from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
 from model.preview import preview, preview_codec
@@ -49,7 +51,7 @@ from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.run_log import (
     Meter,
     RunLog,
-    check_finite,
+    check_weights,
     describe_start,
     log_train,
     log_valid,
@@ -116,8 +118,9 @@ class Training:
         self.signalled, self.signalled_at = None, 0.0  # by which signal, when; here alone
         self.stopping = None  # all processes together
         self.meter = Meter(self.spec.layout.num_codebooks, process.device)
+        self.guard = Guard(config.optim.skip_factor, process.device)
         if resume and checkpoints:
-            self.load(find_checkpoint(self.out))
+            self.load(find_checkpoint(self.out, or_older=True))
         if config.train.compile:
             self.stage.transformer.compile()
         self.model, self.updater = process.prepare(self.stage, self.optimizer)
@@ -142,27 +145,37 @@ class Training:
         load_training(found, self.stage, self.optimizer, self.ema)
         self.step, self.best_step = state["step"], state["best_step"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+        self.guard.load(state["guard"])
         if self.process.is_main_process:  # the saved sums are those of all processes
-            self.meter.nats += torch.tensor(state["meter"]["nats"], device=self.process.device)
-            self.meter.counts = state["meter"]["counts"]
+            self.meter.load(state["meter"])
 
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         """(endless micro-batches from the current step on, the whole validation split)."""
         train, data, process = self.config.train, self.config.data, self.process
         transform = partial(encode, self.spec, data.collapse_semantic)
         share = {"rank": process.process_index, "world": process.num_processes}
-        batches = TrainBatches(
-            self.folder,
-            seed=train.seed,
-            crop_seconds=data.crop_seconds,
-            batch_size_global=train.batch_size,
-            num_micro=train.num_micro_batches,
-            start_step=self.step,
-            **share,
-        )
+        batches = self.train_batches(num_micro=train.num_micro_batches, **share)
         size = train.batch_size // (process.num_processes * train.num_micro_batches)
         valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
         return make_loader(batches, data.num_workers, transform), make_loader(valid, 0, transform)
+
+    def train_batches(self, **share: int) -> TrainBatches:
+        """What a share of the processes and micro-batches trains on from the current step on."""
+        return TrainBatches(
+            self.folder,
+            seed=self.config.train.seed,
+            crop_seconds=self.config.data.crop_seconds,
+            batch_size_global=self.config.train.batch_size,
+            start_step=self.step,
+            **share,
+        )
+
+    def global_batch(self, step: int) -> tuple[list[dict], Batch]:
+        """All that a step trains on: for each clip its name and frames; the tokens."""
+        batches = self.train_batches()
+        windows = [batches.crop(n) for n in batches.examples(step, 0)]
+        clips = [{"clip": clip.name, "frames": [a, b]} for clip, a, b in windows]
+        return clips, collate([batches.cut(*window) for window in windows])
 
     def on_signal(self, number: int, _: object) -> None:
         """Ask for a last step and a checkpoint; a second signal does not wait for them.
@@ -191,9 +204,10 @@ class Training:
         """One optimiser step on this process's micro-batches; returns the gradient's norm.
 
         The loss is the global batch's nats over its targets: any number of micro-batches and
-        processes gives the gradient of one big batch, whatever the lengths in each.
+        processes gives the gradient of one big batch, whatever the lengths in each. The optimiser
+        clips the gradient, or skips the step as `Guard` says, without asking the device.
         """
-        process, train = self.process, self.config.train
+        process, train, nats = self.process, self.config.train, []
         total = sum(batch.num_targets for batch in micro_batches)
         self.stopping = self.signalled
         if process.num_processes > 1:  # all stop at the same step, whoever got the signal
@@ -205,11 +219,14 @@ class Training:
         for n, batch in enumerate(micro_batches):
             last = n == len(micro_batches) - 1
             with contextlib.nullcontext() if last else process.no_sync(self.model):
-                nats = self.model(batch.to(process.device))
+                nats.append(self.model(batch.to(process.device)))
                 # DistributedDataParallel takes the mean over processes: undo it
-                process.backward(nats.sum() * (process.num_processes / total))
-            self.meter.add(nats, batch)
-        norm = process.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+                process.backward(nats[-1].sum() * (process.num_processes / total))
+        norm = get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        skip = self.guard.judge(norm, self.step)
+        self.meter.add(sum(nats).detach(), micro_batches, skip)
+        self.optimizer.grad_scale = (norm / self.config.optim.clip_norm).clamp(min=1)
+        self.optimizer.found_inf = skip
         self.updater.step()
         self.updater.zero_grad()
         if self.ema is not None:
@@ -226,8 +243,7 @@ class Training:
         meter = Meter(self.spec.layout.num_codebooks, self.process.device)
         with evaluating(self.stage), self.averaged():
             for batch in loader:
-                nats = self.stage(batch.to(self.process.device))
-                meter.add(nats, batch)
+                meter.add(self.stage(batch.to(self.process.device)), [batch])
         return meter.read(self.process, self.rates)
 
     def sample(self) -> None:
@@ -257,11 +273,8 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones. Every process calls it; the main one writes."""
-        process = self.process
-        nats, counts = self.meter.nats, torch.tensor(self.meter.counts, device=process.device)
-        if process.num_processes > 1:
-            nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
-        check_finite(self, float(nats.sum()))
+        process, meter = self.process, self.meter.sums(self.process)
+        check_weights(self)
         if process.is_main_process:
             state = {
                 "spec": self.spec_state,
@@ -272,7 +285,8 @@ class Training:
                 "tokenizers": {kind: self.folder.header[kind] for kind in ("codec", "semantic")},
                 "best_step": self.best_step,
                 "best_loss": None if self.best_step is None else self.best_loss,
-                "meter": {"nats": nats.tolist(), "counts": counts.tolist()},
+                "meter": meter,
+                "guard": self.guard.read(),
             }
             tensors = training_tensors(self.stage, self.optimizer, self.ema)
             save_checkpoint(self.out, self.step, tensors, state)

@@ -63,10 +63,13 @@ class OptimConfig:
     decay_share: float = 0.2  # wsd only: the last share of the steps
     min_lr_share: float = 0.1  # the learning rate at the end, as a share of lr
     clip_norm: float = 1.0  # of the gradient; .inf turns it off
+    skip_factor: float = 10.0  # a step is skipped whose gradient is so many times the usual norm
+    max_skipped: int = 10  # in a row: then the run stops and keeps the batch
     ema_decay: float = 0.999  # averaged weights, used for validation and sampling; 0 turns it off
 
     def __post_init__(self) -> None:
-        check_least("optim", self, {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0})
+        least = {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0}
+        check_least("optim", self, least | {"skip_factor": 1, "max_skipped": 1})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ A checkpoint is written beside its final name and renamed when it is complete on
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)  # damaged
         os.replace(temporary, final)
         fsync_folder(final.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{final}: not saved ({error}); the checkpoints before it are whole: make room and "
+            "continue with --resume"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -72,12 +78,14 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 
 def rotate_checkpoints(run: str | Path, num_kept: int, best_step: int | None) -> None:
-    """Delete all but the newest `num_kept` checkpoints and the best one."""
+    """Delete all but the newest `num_kept` whole checkpoints and the best one."""
     best = None if best_step is None else checkpoint_folder(run, best_step)
     for folder in (Path(run) / "checkpoints").glob(".step-*.part"):  # left by a kill
         shutil.rmtree(folder)
-    for folder in list_checkpoints(run)[: -num_kept or None]:
-        if folder != best:
+    folders = list_checkpoints(run)
+    kept = [folder for folder in folders if damage(folder) is None][-num_kept:]
+    for folder in folders:
+        if folder not in (*kept, best):
             shutil.rmtree(folder)
 
 
@@ -96,10 +104,11 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def find_checkpoint(run: str | Path, prefer_best: bool = False) -> Path:
+def find_checkpoint(run: str | Path, prefer_best: bool = False, or_older: bool = False) -> Path:
     """The newest checkpoint of a run folder (or its best; or `run` itself if it is a checkpoint).
 
-    ValueError: no run there, no checkpoint yet, or a damaged one, naming the last whole one.
+    or_older: where the newest is damaged, the newest whole one, with a word on stderr. ValueError:
+    no run there, no checkpoint yet, or a damaged one, naming the last whole one.
     """
     run = Path(run)
     if (run / STATE).is_file() or run.parent.name == "checkpoints":
@@ -117,6 +126,9 @@ def find_checkpoint(run: str | Path, prefer_best: bool = False) -> Path:
                 found = checkpoint_folder(run, best)
     if problem := damage(found):
         whole = [f for f in list_checkpoints(found.parent.parent) if f != found and not damage(f)]
+        if whole and or_older:
+            print(f"{found}: damaged, {problem}; going back to {whole[-1].name}", file=sys.stderr)
+            return whole[-1]
         remedy = f"the last whole one is {whole[-1]}" if whole else "no other checkpoint is whole"
         raise ValueError(f"{found}: damaged checkpoint, {problem}; remove it: {remedy}")
     return found

@@ -49,7 +49,13 @@ class MuonAdamW(torch.optim.AdamW):
     torch.optim.Muon (adjust_lr_fn="match_rms_adamw"), which the tests compare it with, an update
     has a root mean square of 0.2 * lr. What torch's lacks: more than two dimensions, num_blocks
     matrices stacked in one parameter (an LSTM's gates), equal shapes in one product, capture.
+
+    `grad_scale` and `found_inf`, as GradScaler sets them on torch's fused optimisers: tensors, by
+    which gradients are divided, and of which 1.0 skips the step without asking the device.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def step(self, closure: None = None) -> None:
         groups = self.param_groups
@@ -66,7 +72,13 @@ class MuonAdamW(torch.optim.AdamW):
     def _muon_step(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         momenta = [self._momentum(p) for p in parameters]
-        gradients = [p.grad for p in parameters]
+        gradients, rate = [p.grad for p in parameters], group["lr"]
+        if self.grad_scale is not None:
+            gradients = torch._foreach_div(gradients, self.grad_scale)
+        if self.found_inf is not None:  # the momentum is its own average with itself
+            skip, rate = self.found_inf > 0, rate * (1 - self.found_inf)
+            pairs = zip(momenta, gradients, strict=True)
+            gradients = [torch.where(skip, momentum, g) for momentum, g in pairs]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
         alike = defaultdict(list)  # shape of a matrix -> [(parameter, its matrices)]
@@ -75,9 +87,9 @@ class MuonAdamW(torch.optim.AdamW):
             alike[matrices.shape[1:]].append((p, matrices))
         for shape, found in alike.items():
             updates = orthogonalise(torch.cat([matrices for _, matrices in found]))
-            updates *= group["lr"] * 0.2 * max(shape) ** 0.5
+            updates *= rate * 0.2 * max(shape) ** 0.5
             for (p, _), update in zip(found, updates.split(group["num_blocks"]), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.view_as(p))
+                p.mul_(1 - rate * group["weight_decay"]).sub_(update.view_as(p))
 
     def _momentum(self, p: Tensor) -> Tensor:
         if "momentum_buffer" not in self.state[p]:

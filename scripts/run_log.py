@@ -9,11 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from configs.codec_schema import CodecTrainConfig
+from configs.files import atomic_write, write_json
 from configs.schema import RunConfig
 from data.baselines import baselines, bits_per_second
 from model.layouts import Sequences
@@ -55,32 +58,56 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 class Meter:
-    """Sums since they were last read: nats and targets per codebook, places."""
+    """Sums since they were last read: nats and targets per codebook, places, of steps not skipped.
+
+    What lies on the device is read together with the rest, so that adding waits for nothing.
+    """
 
     def __init__(self, num_codebooks: int, device: torch.device):
-        self.nats = torch.zeros(num_codebooks, device=device)  # summed on the device: no host sync
-        self.counts = [0] * (num_codebooks + 1)  # targets per codebook, places
+        self.nats = torch.zeros(num_codebooks, device=device)
+        self.counts = torch.zeros(num_codebooks + 1, dtype=torch.int64)  # targets, places
+        self.recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # counts of a step, its `skip`
 
-    def add(self, nats: torch.Tensor, batch: Sequences) -> None:
-        self.nats += nats.detach()
-        new = (*(len(t) for t in batch.targets), batch.num_places)
-        self.counts = [old + n for old, n in zip(self.counts, new, strict=True)]
+    def add(
+        self, nats: torch.Tensor, batches: list[Sequences], skip: torch.Tensor | None = None
+    ) -> None:
+        """nats [K], summed over `batches`; skip [] 1.0: the step does not count."""
+        counts = [[*(len(t) for t in batch.targets), batch.num_places] for batch in batches]
+        counts = torch.tensor(counts).sum(dim=0)
+        if skip is None:
+            self.nats, self.counts = self.nats + nats, self.counts + counts
+        else:
+            self.nats = self.nats + torch.where(skip > 0, 0.0, nats)
+            self.recent.append((counts, skip))
+
+    def load(self, sums: dict[str, list]) -> None:
+        """Go on from what `sums` returned."""
+        self.nats = torch.tensor(sums["nats"], device=self.nats.device)
+        self.counts = torch.tensor(sums["counts"])
+
+    def sums(self, process: Accelerator) -> dict[str, list]:
+        """nats and counts over all processes; waits for the device."""
+        if self.recent:
+            skipped = torch.stack([skip for _, skip in self.recent]).tolist()
+            self.counts += sum(c * (not s) for (c, _), s in zip(self.recent, skipped, strict=True))
+            self.recent = []
+        nats, counts = self.nats, self.counts
+        if process.num_processes > 1:
+            nats = process.reduce(nats, "sum")
+            counts = process.reduce(counts.to(process.device), "sum")
+        return {"nats": nats.tolist(), "counts": counts.tolist()}
 
     def read(self, process: Accelerator, rates: list[float]) -> dict:
         """Means over all processes: nats per token (of each codebook), bits per second of audio at
         `rates` tokens per second of each codebook."""
-        counts = torch.tensor(self.counts, device=process.device, dtype=torch.float64)
-        nats = self.nats.double()
-        if process.num_processes > 1:
-            nats, counts = process.reduce(nats, "sum"), process.reduce(counts, "sum")
-        *targets, places = counts.tolist()
-        nats = nats.tolist()
-        per_codebook = [n / max(1.0, t) for n, t in zip(nats, targets, strict=True)]
+        sums = self.sums(process)
+        nats, (*targets, places) = sums["nats"], sums["counts"]
+        per_codebook = [n / max(1, t) for n, t in zip(nats, targets, strict=True)]
         return {
-            "loss": sum(nats) / max(1.0, sum(targets)),
+            "loss": sum(nats) / max(1, sum(targets)),
             "per_codebook": per_codebook,
             "bits_per_second": bits_per_second(per_codebook, rates),
-            "places": int(places),
+            "places": places,
         }
 
 
@@ -151,13 +178,34 @@ def describe_start(line: dict, run: Any) -> str:
     )
 
 
-def check_finite(run: Any, loss: float) -> None:
-    """ValueError, before anything is logged or saved, if the weights are lost."""
-    if not math.isfinite(loss):
+def check_weights(run: Any) -> None:
+    """ValueError, before anything is logged as good or saved, if the weights are lost."""
+    norm = float(get_total_norm(p.detach() for p in run.stage.parameters()))
+    if not math.isfinite(norm):
         raise ValueError(
-            f"{run.out}: the loss is {loss} at step {run.step} and nothing of it was saved; "
+            f"{run.out}: weights are not finite at step {run.step} and nothing of it was saved; "
             "try a lower optim.lr or model.qk_norm=true in a new run"
         )
+
+
+def check_skipped(run: Any, facts: dict[str, float]) -> None:
+    """ValueError after too many skipped steps in a row; the first one's batch is left on disk."""
+    if facts["in_a_row"] < run.config.optim.max_skipped:
+        return
+    first = int(facts["row_began"])
+    path = run.out / f"bad_batch-step-{first:08d}.json"
+    if run.process.is_main_process:
+        clips, batch = run.global_batch(first)
+        write_json(path, {"step": first, "usual_norm": facts["mean"], "clips": clips})
+        with atomic_write(path.with_suffix(".safetensors"), "wb") as file:
+            file.write(safetensors.torch.save({k: t.contiguous() for k, t in vars(batch).items()}))
+    raise ValueError(
+        f"{run.out}: {facts['in_a_row']:.0f} steps in a row, from step {first} on, had a gradient "
+        f"that is not finite or over {run.config.optim.skip_factor:g} times the usual "
+        f"{facts['mean']:.3g}, and were skipped; the first one's clips are listed in {path}. "
+        "Nothing was learnt from them: look at those clips, or begin anew with a lower optim.lr or "
+        "model.qk_norm=true"
+    )
 
 
 def log_train(
@@ -167,7 +215,8 @@ def log_train(
     device = run.process.device
     values = run.meter.read(run.process, run.rates)
     run.meter = Meter(run.spec.layout.num_codebooks, device)
-    check_finite(run, values["loss"])
+    facts, norm = run.guard.read(), float(norm)
+    check_skipped(run, facts)
     speed = values.pop("places") / elapsed
     peak = peak_flops(device)
     flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
@@ -180,11 +229,14 @@ def log_train(
         tokens_per_second=speed,
         mfu=mfu,
         lr=run.optimizer.param_groups[0]["lr"],
-        grad_norm=float(norm),
+        grad_norm=norm if math.isfinite(norm) else None,
+        skipped=int(facts["num_skipped"]),
         data_wait=wait,
         peak_memory_gib=memory,
     )
-    shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {float(norm):.2f}"
+    shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {norm:.2f}"
+    if facts["num_skipped"]:
+        shown += f"  skipped {facts['num_skipped']:.0f}"
     log.say(
         f"step {run.step:>6}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
         f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}"

@@ -39,7 +39,7 @@ class TokenizerTrainer:
 
     def __init__(self, config: Any, resume: bool):
         self.config, self.out = config, Path(config.out)
-        checkpoint = find_checkpoint(self.out) if resume else None
+        checkpoint = find_checkpoint(self.out, or_older=True) if resume else None
         if resume:
             check_same_config(self.out / "config.yaml", config, CHANGEABLE)
         elif self.out.is_dir() and any(self.out.iterdir()):

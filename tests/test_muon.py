@@ -177,3 +177,40 @@ def test_without_muon_it_is_adamw():
     groups = make_optimizer(model, config, muon_lr=config.muon_lr).param_groups
     decay = {"num_blocks" in g: g["weight_decay"] for g in groups if g["params"]}
     assert decay[True] == config.weight_decay
+
+
+def test_a_step_that_is_found_bad_changes_nothing():
+    """Whatever its gradient; the next step is the one that it would have been."""
+    (model, optimizer), (other, untouched) = make(), make()
+    for net, steps in ((model, optimizer), (other, untouched)):
+        learn(net, steps, 3)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(float("nan"))
+    optimizer.step()
+    for net, steps in ((model, optimizer), (other, untouched)):
+        ours, theirs = optimizer_tensors(steps, net), optimizer_tensors(untouched, other)
+        assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(0.0), torch.tensor(1.0)
+    optimizer.zero_grad()
+    for net, steps in ((model, optimizer), (other, untouched)):
+        learn(net, steps, 1, start=3)
+    for name, p in model.named_parameters():  # up to the rounding of a rate in fp32
+        torch.testing.assert_close(p, dict(other.named_parameters())[name], atol=1e-7, rtol=1e-6)
+
+
+def test_a_gradient_is_clipped_as_torch_clips_it():
+    (model, optimizer), (other, clipped) = make(), make()
+    for net, steps in ((model, optimizer), (other, clipped)):
+        torch.manual_seed(7)
+        (100 * net(torch.randint(40, (4, 12)))).logsumexp(-1).mean().backward()
+        if steps is optimizer:
+            norm = torch.nn.utils.get_total_norm(p.grad for p in net.parameters())
+            steps.grad_scale = (norm / 0.5).clamp(min=1)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        assert norm > 1
+        steps.step()
+        learn(net, steps, 0)
+    for name, value in optimizer_tensors(optimizer, model).items():
+        torch.testing.assert_close(value, optimizer_tensors(clipped, other)[name])

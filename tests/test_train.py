@@ -17,7 +17,6 @@ from configs.load import save_config
 from configs.schema import OptimConfig
 from model.checkpoint import (
     damage,
-    find_checkpoint,
     list_checkpoints,
     load_stage,
     read_state,
@@ -195,7 +194,7 @@ def test_a_damaged_checkpoint_names_the_last_whole_one(tokens, tmp_path):
     file = newest / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model.safetensors has .* last whole one is .*step-0"):
-        train(config(tokens, out, "train.steps=14"), resume=True)
+        load_stage(newest)
 
 
 def test_tokens_of_another_codec_are_refused(tokens, tmp_path):
@@ -232,21 +231,6 @@ def test_a_mistake_leaves_no_run_folder(tokens, tmp_path):
     with pytest.raises(ValueError, match="does not divide"):
         train(config(tokens, tmp_path / "run", "train.batch_size=7", "train.num_micro_batches=2"))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_a_number_is_not_saved(tokens, tmp_path, monkeypatch):
-    update = Training.update
-
-    def poisoned(run, batches):
-        if run.step == 5:
-            next(run.stage.parameters()).data.fill_(float("nan"))
-        return update(run, batches)
-
-    monkeypatch.setattr(Training, "update", poisoned)
-    with pytest.raises(ValueError, match="the loss is nan at step"):
-        train(config(tokens, tmp_path / "run", "train.log_every=12", "train.save_every=2"))
-    assert find_checkpoint(tmp_path / "run").name == "step-00000004"
-    assert all(torch.isfinite(t).all() for t in weights(tmp_path / "run").values())
 
 
 def test_learning_rates():
