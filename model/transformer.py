@@ -16,17 +16,24 @@ from model.kv_cache import KVCache
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """positions [B,T] -> cos, sin [B,1,T,D/2] of the rotary embedding (Su et al. 2021)."""
+    """positions [B,T] -> cos, sin [B,T,1,D/2] of the rotary embedding (Su et al. 2021)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, None, :, None].float() * base**-exponents  # [B,1,T,D/2]
+    angles = positions[:, :, None, None].float() * base**-exponents  # [B,T,1,D/2]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x[..., d], x[..., d + D/2]) of q or k [B,H,T,D] by their angles."""
+    """Rotate the pairs (x[..., d], x[..., d + D/2]) of q or k [B,T,H,D] by their angles."""
     cos, sin = angles
-    a, b = x.float().chunk(2, dim=-1)  # each [B,H,T,D/2]
+    a, b = x.float().chunk(2, dim=-1)  # each [B,T,H,D/2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Computed in fp32, returned in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).type_as(x)
 
 
 class Attention(nn.Module):
@@ -39,8 +46,8 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(config.dim, inner, bias=False)
         self.to_kv = nn.Linear(config.dim, 2 * shared, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.attend = attend
 
     def forward(
@@ -50,10 +57,11 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        q = rearrange(self.to_q(x), "b t (h d) -> b h t d", d=self.head_dim)
-        k, v = rearrange(self.to_kv(x), "b t (s g d) -> s b g t d", s=2, d=self.head_dim)
-        q = rotate(self.q_norm(q), angles).to(v.dtype)  # autocast leaves the norms in fp32
-        k = rotate(self.k_norm(k), angles).to(v.dtype)
+        q = rearrange(self.to_q(x), "b t (h d) -> b t h d", d=self.head_dim)
+        k, v = rearrange(self.to_kv(x), "b t (s g d) -> s b t g d", s=2, d=self.head_dim)
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        # views: nothing is copied to another order of axes, here or on the way back
+        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # [b,g,t,d] -> [b,g,j,d]
         out = self.attend(q, k, v, mask)
@@ -77,9 +85,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, attend: Attend, layer: int):
         super().__init__()
         ff_dim = config.ff_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
-        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config, attend, layer)
-        self.feed_forward_norm = nn.RMSNorm(config.dim)
+        self.feed_forward_norm = RMSNorm(config.dim)
         self.feed_forward = FeedForward(config.dim, ff_dim)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -120,7 +128,7 @@ class Transformer(nn.Module):
         fused = attention is None or attention.backends != ("einsum",)
         attend = Attend(config.dropout, causal=True, flash=fused, choice=attention)
         self.blocks = nn.ModuleList(Block(config, attend, n) for n in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        self.norm = RMSNorm(config.dim)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 depth = 2 * config.num_layers if name.endswith("to_out") else 1
@@ -136,7 +144,10 @@ class Transformer(nn.Module):
         """x [B,T,dim], positions [B|1,T] -> hidden [B,T,dim].
 
         mask [B,J], True = a real token, over cached and new tokens alike; None = all are real.
+        Under autocast the residual stream is of its dtype too: in fp32 it moves twice the bytes.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, angles, mask, kv_cache)
