@@ -47,6 +47,7 @@ from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
 from model.preview import preview, preview_codec
 from model.stages import Stage, StageSpec, stage_spec
+from model.transformer import choose_compile
 from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.run_log import (
     Meter,
@@ -108,6 +109,7 @@ class Training:
         head_dim, backend = config.model.head_dim, config.attention.backend
         uses_dropout = config.model.dropout > 0
         self.attention = resolve(process.device, dtype, head_dim, backend, has_dropout=uses_dropout)
+        self.compiled = choose_compile(config.train.compile, process.device.type)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
         self.optimizer = make_optimizer(self.stage, config.optim)
@@ -121,8 +123,8 @@ class Training:
         self.guard = Guard(config.optim.skip_factor, process.device)
         if resume and checkpoints:
             self.load(find_checkpoint(self.out, or_older=True))
-        if config.train.compile:
-            self.stage.transformer.compile()
+        if self.compiled[0]:
+            self.stage.transformer.compile_blocks()
         self.model, self.updater = process.prepare(self.stage, self.optimizer)
 
     def load(self, found: Path) -> None:
@@ -254,7 +256,8 @@ class Training:
         clips = self.folder.clips("valid")[: train.num_samples]
         seconds = min(train.sample_seconds, self.config.data.crop_seconds)
         tokens = [self.clip_tokens(clip, seconds) for clip in clips]
-        with evaluating(self.stage), self.averaged(), self.process.autocast():
+        eager = torch.compiler.set_stance("force_eager")  # each step of a cache is another shape
+        with evaluating(self.stage), self.averaged(), self.process.autocast(), eager:
             previews = preview(self.stage, tokens, self.codec)
         for n, (clip, made) in enumerate(zip(clips, previews, strict=True)):
             stem = f"{n}-{Path(clip.name).stem}"
