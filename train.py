@@ -331,15 +331,19 @@ def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first
     log.close()
 
 
-def train(config: RunConfig, resume: bool = False) -> Training:
-    """Run `config` to its end, or until a signal; returns the run."""
+def make_accelerator(config: RunConfig) -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
-    process = Accelerator(
+    return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",
         log_with=None if config.wandb.mode == "off" else "wandb",
     )
+
+
+def train(config: RunConfig, resume: bool = False) -> Training:
+    """Run `config` to its end, or until a signal; returns the run."""
+    process = make_accelerator(config)
     run = Training(config, process, resume)
     if run.step >= config.train.steps:
         process.print(f"{run.out}: already finished, {run.step} steps")

@@ -47,10 +47,13 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and git commit, for the log's first line."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Device, versions and git commit ("+changes": of code, since), for whoever runs it again."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        show = [*git, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+        changes = [*git, "diff", "--quiet", "HEAD", "--", "*.py"]
+        commit += "+changes" * subprocess.run(changes, capture_output=True, check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version(), "torch": torch.__version__}

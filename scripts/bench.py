@@ -1,0 +1,29 @@
+"""How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
+loader. Each is in a file of its name."""
+
+from scripts.bench_attend import add_attend_options
+from scripts.bench_data import add_data_options
+from scripts.bench_train import add_train_options
+from scripts.cli import make_parser, run_cli
+
+EXAMPLES = """\
+  python -m scripts.bench attend --out benchmarks/attend.json
+  python -m scripts.bench attend --batch 2 --heads 4 --length 256 --device cpu
+  python -m scripts.bench train --config configs/coarse_270m.yaml --out benchmarks/train.json
+  python -m scripts.bench train --config configs/coarse_small.yaml data.tokens=tokens/mine \\
+      --compare "fp32: train.precision=fp32" "no dropout: model.dropout=0"
+  python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser("Measure speed and memory, beside a baseline in the same run.", EXAMPLES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_attend_options(commands.add_parser("attend", help="features of attention x backends"))
+    add_train_options(commands.add_parser("train", help="training steps of a recipe"))
+    add_data_options(commands.add_parser("data", help="the loader of a recipe"))
+    parsed = parser.parse_args(arguments)
+    parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,84 @@
+"""What the benchmarks share: a clock, made-up tokens, a table and a JSON file."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.files import write_json
+from data.shards import EncodedClip, write_header, write_shard
+from scripts.clips import align
+from scripts.run_log import environment
+
+NUM_CLIPS = 256  # made-up ones: more than a step of any recipe takes
+CODEC = {
+    "name": "made-up codec",
+    "sample_rate": 16_000,
+    "hop_length": 320,
+    "frame_rate": 50.0,
+    "num_codebooks": 8,
+    "codebook_size": 1024,
+    "fingerprint": "made up",
+}
+SEMANTIC = {
+    "name": "made-up semantic tokens",
+    "sample_rate": 16_000,
+    "frame_rate": 50.0,
+    "num_tokens": 500,
+    "fingerprint": "made up",
+}
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
+
+
+def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
+    """Milliseconds of a call, the median over `seconds` of calls, warm; a GPU's work included."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no word of CUDA_HOME
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    timer.timeit(2)
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+
+def write_random_tokens(folder: Path, seconds: float) -> Path:
+    """A token folder of random clips a little longer than `seconds`: every crop of them is full."""
+    rng, T = np.random.default_rng(0), round(50 * seconds) + 50
+    clips = [
+        EncodedClip(
+            f"{n:03d}.wav",
+            "train" if n < NUM_CLIPS else "valid",
+            None,
+            None,
+            T / 50,
+            rng.integers(SEMANTIC["num_tokens"], size=T),
+            rng.integers(CODEC["codebook_size"], size=(CODEC["num_codebooks"], T)),
+        )
+        for n in range(NUM_CLIPS + 8)
+    ]
+    folder.mkdir(parents=True)
+    write_shard(folder, 0, clips, [])
+    write_header(folder, CODEC, SEMANTIC, num_shards=1)
+    return folder
+
+
+def report(rows: list[dict], table: list[list[str]], parsed: argparse.Namespace, **facts) -> None:
+    """Print the table, and write the rows with everything it takes to measure them again."""
+    device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = environment(device)
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    print(f"\n{where['device']}, {versions}, commit {where['commit']}")
+    print(*align(table), sep="\n")
+    if parsed.out:
+        words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+        command = f"python -m scripts.{shlex.join(words)}"
+        write_json(parsed.out, {"command": command, **where, **facts, "rows": rows})
+        print(f"written to {parsed.out}")

@@ -1,0 +1,135 @@
+"""The whole step of train.py, as a recipe configures it and the slow, obvious ways beside it."""
+
+import argparse
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from configs.load import load_config
+from configs.schema import RunConfig
+from scripts.bench_tools import report, write_random_tokens
+from scripts.run_log import peak_flops
+
+WARM_UP = 5
+COLUMNS = {
+    "milliseconds": ("ms/step", ",.1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"),
+    "peak_gib": ("GiB", ".1f"),
+    "data_wait": ("data wait", ".2%"),
+    "filled": ("filled", ".0%"),
+    "first_seconds": ("start, s", ".0f"),
+    "loss": ("loss", ".3f"),
+}
+
+
+def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
+    """Figures of `num_steps` steps, warm; in a process of its own. {"failed"}: why there are none.
+
+    tokens_per_second counts places that are not padding, `filled` is their share; MFU counts
+    6 FLOPs a parameter of the transformer and place, and 6 x layers x inner width x length.
+    """
+    from train import Training, make_accelerator  # here: it says what a process may use
+
+    config = load_config(RunConfig, recipe, overrides)
+    process = make_accelerator(config)
+    try:
+        run = Training(config, process, resume=False)
+        batches = iter(run.loaders()[0])
+        num_micro, cuda = config.train.num_micro_batches, process.device.type == "cuda"
+        began = time.perf_counter()
+        for _ in range(WARM_UP):
+            norm = run.update([next(batches) for _ in range(num_micro)])
+        norm.item()  # waits for all that the device still has to do
+        started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(num_steps):
+            asked = time.perf_counter()
+            micro = [next(batches) for _ in range(num_micro)]
+            waited += time.perf_counter() - asked
+            for batch in micro:
+                length = batch.positions.shape[1]
+                places, padded = places + batch.num_places, padded + batch.positions.numel()
+                flops += batch.num_places * run.stage.transformer.flops_per_token(length)
+            norm = run.update(micro)
+        norm.item()
+        elapsed = time.perf_counter() - started
+        loss = run.meter.read(process, run.rates)["loss"]
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    peak = peak_flops(process.device)
+    return {
+        "milliseconds": 1e3 * elapsed / num_steps,
+        "tokens_per_second": places / elapsed,
+        "mfu": None if peak is None else flops / elapsed / peak,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "data_wait": waited / elapsed,
+        "filled": places / padded,
+        "first_seconds": started - began,
+        "loss": loss,
+        "attention": str(run.attention),
+        "compile": run.compiled,
+    }
+
+
+def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
+    """Name -> overrides. ValueError: one of `compare` is not NAME: key=value ..."""
+    chosen = {
+        "as configured": [],
+        "eager": ["train.compile=false"],
+        "eager, einsum, one clip at a time": [
+            "train.compile=false",
+            "attention.backend=einsum",
+            f"train.num_micro_batches={config.train.batch_size}",
+        ],
+    }
+    for words in compare:
+        name, colon, overrides = words.partition(":")
+        if not colon or not all("=" in word for word in overrides.split()):
+            raise ValueError(f'--compare "{words}": expected "NAME: key=value key=value ..."')
+        chosen[name] = overrides.split()
+    return chosen
+
+
+def bench_train(parsed: argparse.Namespace) -> None:
+    """Each variant in a process of its own, one after the other, on the same tokens."""
+    if parsed.steps < 1:
+        raise ValueError(f"--steps {parsed.steps}: at least 1")
+    with tempfile.TemporaryDirectory() as scratch:
+        overrides = list(parsed.overrides)
+        if not any(word.startswith("data.tokens=") for word in overrides):
+            seconds = load_config(RunConfig, parsed.config, overrides).data.crop_seconds
+            overrides.append(f"data.tokens={write_random_tokens(Path(scratch, 'tokens'), seconds)}")
+        chosen = variants(load_config(RunConfig, parsed.config, overrides), parsed.compare)
+        for words in chosen.values():  # a typo is an error before anything is timed
+            load_config(RunConfig, parsed.config, [*overrides, *words])
+        rows = []
+        for name, words in chosen.items():
+            out = f"out={Path(scratch, str(len(rows)))}"
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                arguments = (parsed.config, [*overrides, out, *words], parsed.steps)
+                figures = pool.submit(time_steps, *arguments).result()
+            rows.append({"name": name, "overrides": words, **figures})
+            print(name, {k: v for k, v in rows[-1].items() if k not in ("name", "overrides")})
+    table = [["", *(heading for heading, _ in COLUMNS.values())]]
+    for row in rows:
+        values = {key: row.get(key) for key in COLUMNS}
+        cells = ["-" if v is None else format(v, COLUMNS[key][1]) for key, v in values.items()]
+        table.append([row["name"], *cells])
+    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=bench_train, device=None)
+    parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant (20)")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar='"NAME: key=value ..."', help="more variants"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
