@@ -76,7 +76,7 @@ lock:
 # ---- checks -------------------------------------------------------------------------------------
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,6 +17,10 @@ from torch import Tensor
 from configs.files import atomic_write
 
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
+FOREIGN_SUFFIXES = (".aac", ".amr", ".m4a", ".mp4", ".webm", ".wma")
+"""Recordings that libsndfile does not decode: found all the same, so that they are listed."""
+SILENT_PEAK = 1e-3
+"""A recording that never exceeds this (-60 dB) holds no speech."""
 SPLITS = ("train", "valid", "test")
 
 
@@ -45,7 +49,7 @@ def find_recordings(audio: str | Path) -> list[Recording]:
         found = [
             Recording(name.as_posix(), path)
             for name, path in paths.items()
-            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+            if path.suffix.lower() in AUDIO_SUFFIXES + FOREIGN_SUFFIXES and path.is_file()
             if not any(part.startswith(".") for part in name.parts)
         ]
     elif audio.is_file():
@@ -110,6 +114,15 @@ def read_audio(path: str | Path) -> tuple[Tensor, int]:
     return wav, rate
 
 
+def read_sound(path: str | Path) -> tuple[Tensor, int]:
+    """`read_audio`, and a ValueError for what is silent."""
+    wav, rate = read_audio(path)
+    peak = wav.abs().max().item()
+    if peak < SILENT_PEAK:
+        raise ValueError(f"{path}: silent (peak {peak:.5f})")
+    return wav, rate
+
+
 def load_audio(path: str | Path, sample_rate: int) -> Tensor:
     """Decode a recording to wav [1, L] at `sample_rate` Hz; errors and the rest: `read_audio`."""
     return resample(*read_audio(path), sample_rate)
@@ -123,7 +136,12 @@ def _open_audio(path: Path) -> soundfile.SoundFile:
     try:
         return soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: cannot be decoded ({_reason(error)})") from None
+        reason = _reason(error)
+        if path.suffix.lower() in FOREIGN_SUFFIXES:
+            reason = f"convert {path.suffix} first: ffmpeg -i {path.name} {path.stem}.flac"
+        elif "does not exist" in reason:  # what libsndfile says of an mp3 without a frame in it
+            reason = "no audio in it, or its beginning is damaged"
+        raise ValueError(f"{path}: cannot be decoded ({reason})") from None
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:

@@ -40,8 +40,15 @@ class Recordings:
         return samples.float()[None] / FULL_SCALE
 
 
+def default_split(audio: str | Path, otherwise: str) -> str:
+    """What to measure on: "test" where recordings say their split, else `otherwise`."""
+    listed = any(recording.split for recording in find_recordings(audio))
+    return "test" if listed else otherwise
+
+
 def find_split(audio: str | Path, split: str) -> list[Recording]:
     """The recordings of one split, by name; without splits, one in 20 (by hash) is "valid".
+    "all" is every recording.
 
     ValueError: there are none.
     """
@@ -51,7 +58,9 @@ def find_split(audio: str | Path, split: str) -> list[Recording]:
         held_out = int.from_bytes(digest[:8], "big") % HELD_OUT == 0
         return recording.split or ("valid" if held_out else "train")
 
-    found = [recording for recording in find_recordings(audio) if split_of(recording) == split]
+    found = find_recordings(audio)
+    if split != "all":
+        found = [recording for recording in found if split_of(recording) == split]
     if not found:
         raise ValueError(
             f'{audio}: no recordings in split "{split}"; add some, list their '

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from configs.files import atomic_write
 from data.audio import SPLITS, Recording, load_audio
-from data.segments import find_split
+from data.segments import default_split, find_split
 from scripts.cli import make_parser, run_cli
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def print_left_out(left_out: dict[str, list[str]]) -> None:
 def main() -> None:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("--audio", required=True, help="JSONL manifest of recordings with texts")
-    parser.add_argument("--split", default="test", choices=SPLITS, help="default: test")
+    parser.add_argument("--split", choices=SPLITS, help="default: test, or valid without splits")
     parser.add_argument("--out", required=True, metavar="FILE.jsonl", help="where to write them")
     parser.add_argument("--force", action="store_true", help="overwrite --out")
     args = parser.parse_args()
@@ -118,6 +118,7 @@ def main() -> None:
     if out.is_dir() or (out.exists() and not args.force):
         hint = "name a file in it" if out.is_dir() else "choose another --out or pass --force"
         raise ValueError(f"{out}: already exists; {hint}")
+    args.split = args.split or default_split(args.audio, "valid")
     recordings = find_split(args.audio, args.split)
     if not any(recording.text for recording in recordings):
         raise ValueError(f'{args.audio}, {args.split}: no recording has a "text" to align')

@@ -2,19 +2,44 @@
 
 import argparse
 import ctypes
+import difflib
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """An ArgumentParser whose --help ends with `examples`, printed as typed."""
-    return argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """No abbreviated flags, and a mistake in one line; `add_subparsers` makes more of its kind."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
+        self.words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else [*args]
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """A mistyped flag is named first: argparse would miss the one it stands for."""
+        flags = self._option_string_actions
+        for word in self.words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in flags:
+                near = difflib.get_close_matches(flag, flags, 1)
+                message = f"{flag}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
+                break
+        self.exit(2, f"error: {message} ({self.prog} --help shows examples)\n")
+
+
+def make_parser(description: str, examples: str) -> Parser:
+    """A Parser whose --help ends with `examples`, printed as typed."""
+    return Parser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,14 +2,16 @@
 
 import argparse
 
-from data.audio import Recording
-from data.segments import find_split, spread
+from data.audio import SPLITS, Recording
+from data.segments import default_split, find_split, spread
 
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     """What `select_recordings` reads, how they are judged, and where the figures go."""
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
-    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--split", choices=(*SPLITS, "all"), help="default: test, or all where no splits are listed"
+    )
     parser.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
     parser.add_argument(
@@ -27,6 +29,7 @@ def select_recordings(parsed: argparse.Namespace, with_text: bool = False) -> li
         number = getattr(parsed, option)
         if number is not None and number < 1:
             raise ValueError(f"--{option} {number}: at least 1")
+    parsed.split = parsed.split or default_split(parsed.audio, "all")
     recordings = find_split(parsed.audio, parsed.split)
     recordings = [recording for recording in recordings if parsed.match in recording.name]
     where = f"{parsed.audio}, {parsed.split}"

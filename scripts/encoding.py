@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.audio import Recording, read_audio, resample
+from data.audio import Recording, read_sound, resample
 from model.codec import Codec
 from model.semantic import SemanticTokenizer
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 CPU = torch.device("cpu")
-SILENT_PEAK = 1e-3
-"""A recording that never exceeds this (-60 dB) holds no speech."""
 CPU_BATCH_SECONDS = 10.0
 """Activations beyond 32 MiB (16 s of the shipped codec) come from the system page by page, every
 time anew: a core then encoded 18 times real time instead of 30 (a codec of 24 filters)."""
@@ -161,10 +159,7 @@ class Encoder:
         """Duration and rate -> wav [L]; or what is wrong: damaged, empty, not finite, silent."""
         with self.clock("decoding"):
             try:
-                wav, rate = read_audio(recording.path)  # [1, L]
-                peak = wav.abs().max().item()
-                if peak < SILENT_PEAK:
-                    raise ValueError(f"silent (peak {peak:.5f})")
+                wav, rate = read_sound(recording.path)  # [1, L]
             except ValueError as error:
                 return reason_of(error, recording)
             return wav.shape[1] / rate, {to: resample(wav, rate, to)[0] for to in self.rates}

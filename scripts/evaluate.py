@@ -7,6 +7,7 @@ from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
 
 EXAMPLES = """\
+  python -m scripts.evaluate codec --codec pretrained/codec_16khz --audio DIR --limit 20
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
       --audio ../shared/corpus/manifest.jsonl --split test --out runs/codec_test.json
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from configs.files import write_json
-from data.audio import Recording, load_audio, read_audio, resample
+from data.audio import Recording, load_audio, read_sound, resample
 from data.segments import spread
 from model.codec import Codec, load_codec
 from scripts.cli import find_device
@@ -114,7 +114,7 @@ class Reconstruction:
     def __iter__(self) -> Iterator[tuple]:
         for index, recording in enumerate(self.recordings):
             try:
-                wav, rate = read_audio(recording.path)  # [1, L]
+                wav, rate = read_sound(recording.path)  # [1, L]
             except ValueError as error:
                 self.skipped.append({"name": recording.name, "reason": str(error)})
                 continue
@@ -127,7 +127,7 @@ class Reconstruction:
             clip = {
                 "name": recording.name,
                 "folder": str(Path(recording.name).parent),
-                "speaker": recording.speaker or "?",
+                "speaker": recording.speaker or "unknown",
                 "duration": len(target) / SAMPLE_RATE,
                 "text": recording.text,
                 "codes": codes.short(),

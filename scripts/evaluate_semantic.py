@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configs.files import write_json
-from data.audio import Recording, read_audio, resample
-from data.segments import find_split, spread
+from data.audio import Recording, read_sound, resample
+from data.segments import default_split, find_split, spread
 from model.semantic import SemanticTokenizer, load_semantic
 from scripts import semantic_metrics as metrics
 from scripts.cli import find_device
@@ -70,7 +70,7 @@ def encode_clips(
     clips, skipped = [], []
     for seed, recording in enumerate(tqdm(recordings, desc="clips", disable=None)):
         try:
-            wav = resample(*read_audio(recording.path), SAMPLE_RATE)  # [1, L]
+            wav = resample(*read_sound(recording.path), SAMPLE_RATE)  # [1, L]
         except ValueError as error:
             skipped.append({"name": recording.name, "reason": str(error)})
             continue
@@ -147,6 +147,7 @@ def evaluate_semantic(parsed: argparse.Namespace) -> None:
     device = find_device(parsed.device)
     phones = read_alignments(parsed.alignments) if parsed.alignments else {}
     tokenizers = [load_semantic(name, device) for name in parsed.tokenizers]
+    parsed.split = parsed.split or default_split(parsed.audio, "valid")
     recordings = find_split(parsed.audio, parsed.split)
     recordings = spread(recordings, parsed.limit or len(recordings))
     learnt = spread(find_split(parsed.audio, "train"), parsed.train_limit)
@@ -198,7 +199,11 @@ def print_report(report: dict) -> None:
 def add_semantic_options(semantic: argparse.ArgumentParser) -> None:
     semantic.add_argument("--tokenizers", required=True, nargs="+", metavar="FOLDER")
     semantic.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
-    semantic.add_argument("--split", default="test", choices=("valid", "test"))
+    semantic.add_argument(
+        "--split",
+        choices=("valid", "test"),
+        help="default: test, or valid without splits",
+    )
     semantic.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
     semantic.add_argument(
         "--train-limit", type=int, default=500, metavar="N", help="clips counted (default 500)"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical
 from tqdm import tqdm
 
-from data.audio import Recording, find_recordings, load_audio
+from data.audio import Recording, find_recordings, read_sound, resample
 from model.hubert import load_hubert
 from model.semantic import (
     HUBERT_NAMES,
@@ -49,7 +49,7 @@ def collect_features(
         if seconds >= max_hours * 3600:
             break
         try:
-            wav = load_audio(recordings[index].path, tokenizer.sample_rate)  # [1, L]
+            wav = resample(*read_sound(recordings[index].path), tokenizer.sample_rate)  # [1, L]
         except ValueError as error:
             print(f"left out {error}", file=sys.stderr)
             continue

@@ -322,12 +322,17 @@ def main() -> None:
     codec, semantic = "pretrained/codec_16khz", "pretrained/semantic_hubert"
     parser.add_argument("--codec", default=codec, help="folder (%(default)s) or encodec_24khz")
     parser.add_argument("--semantic", default=semantic, help="folder (%(default)s)")
-    parser.add_argument("--min-seconds", type=float, default=Options.min_seconds)
+    parser.add_argument(
+        "--min-seconds",
+        type=float,
+        default=Options.min_seconds,
+        help="shorter recordings are left out (%(default)g)",
+    )
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=Options.max_seconds,
-        help="longer recordings are left out; a worker needs 9 MiB a second for the longest",
+        help="longer ones, too (%(default)g); a worker needs 9 MiB a second for the longest",
     )
     parser.add_argument("--valid", type=float, default=Options.valid, help="share, default 0.05")
     parser.add_argument("--test", type=float, default=Options.test, help="share, default 0")

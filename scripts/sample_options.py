@@ -43,8 +43,9 @@ def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
         parser.add_argument(
             f"--{name}", metavar="RUN", help=f"run (or checkpoint) of the {name} stage"
         )
+    usual = " ".join(f"{name}={value}" for name, value in DEFAULT_TEMPERATURES.items())
     for flag, what in (
-        ("--temperature", "one number, or STAGE=number each; 0 is greedy"),
+        ("--temperature", f"one number, or STAGE=number each; 0 is greedy ({usual})"),
         ("--top-k", "keep the k likeliest classes; 0 keeps all"),
         ("--top-p", "keep the likeliest classes up to this probability"),
         ("--min-p", "keep classes at least this likely, relative to the likeliest"),

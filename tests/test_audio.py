@@ -86,6 +86,17 @@ def test_broken_files_are_named_with_what_is_wrong(tmp_path, make, says):
     assert str(caught.value).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("x.mp3", "no audio in it"), ("x.m4a", r"convert \.m4a first: ffmpeg -i x\.m4a x\.flac")],
+)
+def test_what_is_no_audio_here_says_what_to_do(name, says, tmp_path):
+    (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(3000))
+    assert [r.name for r in find_recordings(tmp_path)] == [name]
+    with pytest.raises(ValueError, match=rf"{name}: cannot be decoded \({says}"):
+        read_audio(tmp_path / name)
+
+
 def test_text_called_wav_cannot_be_decoded(tmp_path):
     (tmp_path / "x.wav").write_text("not audio")
     with pytest.raises(ValueError, match=r"x\.wav: cannot be decoded"):

@@ -128,6 +128,27 @@ def test_exit_code_2_and_one_line():
     assert done.stderr.startswith("error: command line: optim.lrr=1")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["scripts.prepare", "--audoi", "x"], "--audoi: no such flag; did you mean --audio?"),
+        (["scripts.prepare", "--out", "x"], "required: --audio"),
+        (
+            ["scripts.evaluate", "codec", "--codek=x"],
+            "--codek: no such flag; did you mean --codec?",
+        ),
+        (["train", "--config", "x", "--resum"], "--resum: no such flag; did you mean --resume?"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line_and_no_abbreviation(arguments, said):
+    module, *rest = arguments
+    command = [sys.executable, "-m", module, *rest]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+
+
 def sources_imported_by(source: str) -> str:
     names = re.findall(r"^from scripts\.(\w+) ", source, re.M)
     return "".join((ROOT / "scripts" / f"{name}.py").read_text() for name in names)

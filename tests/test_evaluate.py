@@ -47,17 +47,18 @@ def codec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory):
-    """In the split "test": noise in a/one, silence and a broken file in b."""
+    """In the split "test": noise in a/one, faint noise, silence and a broken file in b."""
     folder = tmp_path_factory.mktemp("audio")
     torch.manual_seed(1)
-    for i, place in enumerate(("a/one", "a/one", "b")):
-        wav = 0.1 * torch.randn(1, 8000 + 100 * i) * (place != "b")
+    for i, (place, level) in enumerate((("a/one", 0.1), ("a/one", 0.1), ("b", 0.001), ("b", 0))):
+        wav = level * torch.randn(1, 8000 + 100 * i)
         save_audio(folder / place / f"{i}.wav", wav, 8000)
     (folder / "b" / "broken.wav").write_bytes(b"RIFF")
     lines = [
         {"path": "a/one/0.wav", "split": "test", "text": TEXT},
         {"path": "a/one/1.wav", "split": "train"},
         {"path": "b/2.wav", "split": "test"},
+        {"path": "b/3.wav", "split": "test"},
         {"path": "b/broken.wav", "split": "test"},
     ]
     (folder / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
@@ -97,7 +98,8 @@ def test_report(codec, audio, tmp_path, capsys, monkeypatch):
     assert rows[1]["minutes"] == pytest.approx(16200 / 8000 / 60)
     assert 0 < rows[1]["codes_used"] <= 1
     assert 0 <= rows[1]["entropy_bits"] <= 4
-    assert [entry["name"] for entry in report["skipped"]] == ["b/broken.wav"]
+    assert [entry["name"] for entry in report["skipped"]] == ["b/3.wav", "b/broken.wav"]
+    assert "silent" in report["skipped"][0]["reason"]
     assert {"fingerprint", "name", "sample_rate"} == set(report["codec"])
     assert {"device", "versions", "commit", "split", "clips"} <= set(report)
     assert [clip["name"] for clip in report["clips"]] == ["a/one/0.wav", "b/2.wav"]
@@ -110,6 +112,15 @@ def test_report(codec, audio, tmp_path, capsys, monkeypatch):
     assert table == [["K", "bit/s"], ["1", "1000"], ["3", "3000"]]
     again = report_of(codec, audio, tmp_path / "y.json", "--num-codebooks", "3", "1")
     assert [again[key] for key in ("rows", "clips")] == [report[key] for key in ("rows", "clips")]
+
+
+def test_a_folder_without_splits_is_measured_whole(codec, audio, tmp_path, monkeypatch):
+    take_away(monkeypatch)
+    report = report_of(codec, audio.parent, tmp_path / "x.json", "--num-codebooks", "1")
+    assert report["split"] == "all"
+    assert [c["name"] for c in report["clips"]] == ["a/one/0.wav", "a/one/1.wav", "b/2.wav"]
+    with pytest.raises(ValueError, match='no recordings in split "test"'):
+        report_of(codec, audio.parent, tmp_path / "x.json", "--split", "test")
 
 
 def test_rows_for_each_folder(codec, audio, tmp_path, monkeypatch):
