@@ -12,7 +12,6 @@ import torch
 from kill_tries import tries
 from runs import assert_same_run, config, log_lines, train_until, weights
 from safetensors.torch import load_file
-from tokens import write_tokens
 
 from configs.load import save_config
 from model.checkpoint import damage, find_checkpoint, list_checkpoints, rotate_checkpoints
@@ -22,19 +21,7 @@ from train import Training, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -22,14 +22,7 @@ from model.layouts import PAD
 from model.transformer import choose_compile
 from train import Training, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -38,11 +31,6 @@ def forget_precision():
     AcceleratorState._reset_state()
     yield AcceleratorState._reset_state
     AcceleratorState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 def test_bf16_learns_as_fp32_does(tokens, tmp_path, forget_precision):

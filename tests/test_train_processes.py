@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from runs import assert_same_run, config, losses
-from tokens import write_tokens
 
 from configs.load import save_config
 from model.checkpoint import damage, find_checkpoint, list_checkpoints, read_state
@@ -22,19 +21,7 @@ from train import Training, dropout_seed, train
 ROOT = Path(__file__).resolve().parent.parent
 TERM, INT = signal.SIGTERM, signal.SIGINT
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in the same order on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_no_two_updates_drop_the_same_places():
