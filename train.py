@@ -9,7 +9,6 @@ Everything random is a function of (seed, step, process), so a resumed run is th
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -21,17 +20,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
-from configs.files import atomic_write
 from configs.load import check_same_config, load_config, save_config
 from configs.schema import RunConfig
-from data.audio import save_audio
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
-from data.shards import Clip, TokenFolder, semantic_rate
+from data.shards import TokenFolder, semantic_rate
 from model.attend import resolve
 from model.checkpoint import (
     find_checkpoint,
@@ -45,7 +43,8 @@ from model.checkpoint import (
 from model.guard import Guard
 from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
-from model.preview import preview, preview_codec
+from model.preview import preview_codec
+from model.sharding import copy_into, forget_gathered, is_sharded, whole
 from model.stages import Stage, StageSpec, stage_spec
 from model.transformer import choose_compile
 from scripts.cli import end_with_launcher, make_parser, run_cli
@@ -57,6 +56,7 @@ from scripts.run_log import (
     log_train,
     log_valid,
     start_line,
+    write_samples,
 )
 
 EXAMPLES = """\
@@ -112,7 +112,10 @@ class Training:
         self.compiled = choose_compile(config.train.compile, process.device.type)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
-        self.optimizer = make_optimizer(self.stage, config.optim)
+        self.optimizer = make_optimizer(self.stage, config.optim, muon_lr=config.optim.muon_lr)
+        if self.compiled[0]:
+            self.stage.transformer.compile_blocks()
+        self.model, self.updater = process.prepare(self.stage, self.optimizer)
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"
         self.codec = preview_codec(codec, process.device) if decodes else None
@@ -123,9 +126,6 @@ class Training:
         self.guard = Guard(config.optim.skip_factor, process.device)
         if resume and checkpoints:
             self.load(find_checkpoint(self.out, or_older=True))
-        if self.compiled[0]:
-            self.stage.transformer.compile_blocks()
-        self.model, self.updater = process.prepare(self.stage, self.optimizer)
 
     def load(self, found: Path) -> None:
         """Continue from a checkpoint. ValueError if it is not one of this configuration's."""
@@ -224,7 +224,8 @@ class Training:
                 nats.append(self.model(batch.to(process.device)))
                 # DistributedDataParallel takes the mean over processes: undo it
                 process.backward(nats[-1].sum() * (process.num_processes / total))
-        norm = get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = whole(get_total_norm(gradients))
         skip = self.guard.judge(norm, self.step)
         self.meter.add(sum(nats).detach(), micro_batches, skip)
         self.optimizer.grad_scale = (norm / self.config.optim.clip_norm).clamp(min=1)
@@ -236,6 +237,12 @@ class Training:
         self.step += 1
         return norm
 
+    def whole_stage(self, weights: dict[str, torch.Tensor]) -> Stage:
+        """Another stage like this one, with these weights, on this process alone."""
+        stage = Stage(self.spec, self.config.model, self.attention).to(self.process.device)
+        copy_into(stage, weights)
+        return stage
+
     def averaged(self) -> contextlib.AbstractContextManager:
         """Within it the stage holds its averaged weights."""
         return contextlib.nullcontext() if self.ema is None else self.ema.applied_to(self.stage)
@@ -246,38 +253,18 @@ class Training:
         with evaluating(self.stage), self.averaged():
             for batch in loader:
                 meter.add(self.stage(batch.to(self.process.device)), [batch])
+            if is_sharded(self.stage):  # as many passes as the others make, whose shards are here
+                blank = loader.collate_fn(loader.dataset.first).without_targets()
+                for _ in range(loader.dataset.num_short):
+                    self.stage(blank.to(self.process.device))
+            forget_gathered(self.stage)
         return meter.read(self.process, self.rates)
-
-    def sample(self) -> None:
-        """Write samples of fixed validation clips at fixed seeds: wav files, or semantic tokens."""
-        if not self.process.is_main_process:
-            return
-        train, folder = self.config.train, self.out / "samples" / f"step-{self.step:08d}"
-        clips = self.folder.clips("valid")[: train.num_samples]
-        seconds = min(train.sample_seconds, self.config.data.crop_seconds)
-        tokens = [self.clip_tokens(clip, seconds) for clip in clips]
-        eager = torch.compiler.set_stance("force_eager")  # each step of a cache is another shape
-        with evaluating(self.stage), self.averaged(), self.process.autocast(), eager:
-            previews = preview(self.stage, tokens, self.codec)
-        for n, (clip, made) in enumerate(zip(clips, previews, strict=True)):
-            stem = f"{n}-{Path(clip.name).stem}"
-            with atomic_write(folder / f"{stem}.json") as file:
-                json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
-            if made.wav is not None:
-                save_audio(folder / f"{stem}.wav", made.wav, self.codec.sample_rate)
-
-    def clip_tokens(self, clip: Clip, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """semantic [T_s], codes [K,T] of the first `seconds` of a clip."""
-        read = [torch.tensor(t.astype("int64")) for t in self.folder.read(clip)]
-        semantic = read[0][: round(seconds * self.folder.semantic["frame_rate"])]
-        if self.config.data.collapse_semantic:
-            semantic = torch.unique_consecutive(semantic)
-        return semantic, read[1][:, : round(seconds * self.folder.codec["frame_rate"])]
 
     def save(self) -> None:
         """Write a checkpoint and drop old ones. Every process calls it; the main one writes."""
         process, meter = self.process, self.meter.sums(self.process)
         check_weights(self)
+        tensors = training_tensors(self.stage, self.optimizer, self.ema)
         if process.is_main_process:
             state = {
                 "spec": self.spec_state,
@@ -291,7 +278,6 @@ class Training:
                 "meter": meter,
                 "guard": self.guard.read(),
             }
-            tensors = training_tensors(self.stage, self.optimizer, self.ema)
             save_checkpoint(self.out, self.step, tensors, state)
             rotate_checkpoints(self.out, self.config.train.num_kept, self.best_step)
         process.wait_for_everyone()
@@ -321,7 +307,7 @@ def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first
         if run.step % train.valid_every == 0 or done:
             improved = log_valid(run, log, run.validate(valid_loader))
         if train.sample_every and (run.step % train.sample_every == 0 or done):
-            run.sample()
+            write_samples(run)
         if improved or done or (run.step % train.save_every == 0 and not run.stopping):
             run.save()
         since += time.perf_counter() - paused  # throughput is that of training alone
@@ -331,10 +317,26 @@ def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first
     log.close()
 
 
+def shard_policy(bf16: bool) -> FullyShardedDataParallelPlugin:
+    """What `accelerate launch` was told of FSDP2, at the precision of an unsharded run: sums over
+    processes in fp32, positions and losses as well. ValueError: FSDP1."""
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("FSDP 1 is not supported; accelerate's file must say fsdp_version: 2")
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return Accelerator(
+        fsdp_plugin=shard_policy(wanted) if sharded else None,
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",
         log_with=None if config.wandb.mode == "off" else "wandb",

@@ -56,6 +56,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 6e-4
+    muon_lr: float = 0.0  # that of Muon for the blocks' matrices; 0: AdamW for everything
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # on matrices; never on norms and embeddings
     warmup_steps: int = 200
@@ -68,7 +69,9 @@ class OptimConfig:
     ema_decay: float = 0.999  # averaged weights, used for validation and sampling; 0 turns it off
 
     def __post_init__(self) -> None:
-        least = {"lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0}
+        if self.muon_lr and not self.lr:
+            raise ValueError("optim.lr=0: Muon's rate follows it, so it must be more than 0")
+        least = {"lr": 0, "muon_lr": 0, "clip_norm": 1e-6, "warmup_steps": 0, "ema_decay": 0}
         check_least("optim", self, least | {"skip_factor": 1, "max_skipped": 1})
 
 

@@ -208,6 +208,7 @@ class ValidBatches(_Windows):
 
     A clip's last window holds what is left. Rank r takes windows r, r + W, ...: ranks can differ by
     a batch in number, so sum losses and token counts over ranks and divide once, at the end.
+    Attributes: `num_short`, by how many batches rank 0 has more; `first`, a Batch of one window.
     """
 
     def __init__(
@@ -222,11 +223,16 @@ class ValidBatches(_Windows):
     ):
         super().__init__(folder, split, crop_seconds)
         self.batch_size = batch_size
-        self.windows = [
+        windows = [
             (clip, start, min(start + self.crop_frames, clip.num_frames))
             for clip in self.clips
             for start in range(0, clip.num_frames, self.crop_frames)
-        ][rank::world]
+        ]
+        self.windows = windows[rank::world]
+        self.first = collate([self.cut(*windows[0])])
+        self.num_short = ceil(len(windows[::world]) / batch_size) - ceil(
+            len(self.windows) / batch_size
+        )
 
     def batches(self) -> Iterator[Iterable[Window]]:
         for first in range(0, len(self.windows), self.batch_size):

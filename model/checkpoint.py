@@ -25,6 +25,7 @@ from configs.files import fsync_folder, write_json
 from configs.schema import ModelConfig
 from model.attend import resolve
 from model.optim import EMA, load_optimizer_tensors, optimizer_tensors
+from model.sharding import copy_into, is_sharded, whole_tensors
 from model.stages import Stage, stage_spec
 
 STATE = "state.json"
@@ -150,23 +151,30 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 def training_tensors(
     stage: Stage, optimizer: torch.optim.Optimizer, ema: EMA | None
 ) -> dict[str, dict[str, Tensor]]:
-    """Everything tensor-valued that a resumed run needs, as `save_checkpoint` takes it."""
+    """Everything tensor-valued that a resumed run needs, as `save_checkpoint` takes it.
+
+    Whole, whatever the processes share it: every process calls it.
+    """
     tensors = {"model": stage.state_dict(), "optimizer": optimizer_tensors(optimizer, stage)}
-    return tensors if ema is None else {**tensors, "ema": ema.shadow}
+    if ema is not None:
+        tensors["ema"] = ema.shadow
+    if is_sharded(stage):
+        tensors = {stem: whole_tensors(named) for stem, named in tensors.items()}
+    return tensors
 
 
 def load_training(
     folder: Path, stage: Stage, optimizer: torch.optim.Optimizer, ema: EMA | None
 ) -> dict[str, Any]:
     """The inverse of `training_tensors`, in place; returns the checkpoint's state."""
-    state = read_state(folder)
-    try:
-        stage.load_state_dict(read_tensors(folder, "model"))
-    except RuntimeError:
+    state, saved = read_state(folder), read_tensors(folder, "model")
+    shapes = [{k: t.shape for k, t in d.items()} for d in (saved, stage.state_dict())]
+    if shapes[0] != shapes[1]:
         raise ValueError(
             f"{folder}: its model is not the configured one; restore the run's config or choose "
             "another out="
-        ) from None
+        )
+    copy_into(stage, saved)
     load_optimizer_tensors(optimizer, stage, read_tensors(folder, "optimizer"))
     if ema is not None and "ema.safetensors" in state["files"]:
         ema.load(read_tensors(folder, "ema"), state["step"])

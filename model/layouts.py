@@ -20,7 +20,7 @@ constant rotary distance from the target's frame, however far apart their places
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,6 +51,11 @@ class Sequences:
     @property
     def num_targets(self) -> int:
         return sum(t.numel() for t in self.targets)
+
+    def without_targets(self) -> "Sequences":
+        """The same places, of which nothing is asked."""
+        nothing = tuple(t[:0] for t in self.targets)
+        return replace(self, places=nothing, targets=nothing, num_places=0)
 
     def to(self, device: torch.device | str) -> "Sequences":
         return self._map(lambda t: t.to(device, non_blocking=True))

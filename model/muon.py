@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from model.sharding import laid_out_as, whole
+
 MOMENTUM = 0.95
 LEAST_SIZE = 16  # rows and columns: what is narrower has too few directions to equalise
 ITERATIONS = 5
@@ -16,9 +18,10 @@ def split_group(model: nn.Module, group: dict, lr_ratio: float) -> list[dict]:
     """A parameter group of `model` as several: AdamW's, and Muon's by the number of matrices in a
     parameter, with a learning rate lr_ratio times as high.
 
-    Muon's are the parameters that map hidden features to hidden features: not embeddings, gains or
-    biases, nor the first and last convolution of a waveform. A convolution [out, in, k] counts as
-    [out, in * k], each of its groups by itself; a transposed one [in, out, k] as [in, out * k].
+    Muon's are the parameters that map hidden features to hidden features: not embeddings, heads,
+    gains or biases, nor the first and last convolution of a waveform. A convolution [out, in, k]
+    counts as [out, in * k], each of its groups by itself; a transposed one [in, out, k] as
+    [in, out * k].
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {p: name for name, p in model.named_parameters()}
@@ -33,7 +36,8 @@ def split_group(model: nn.Module, group: dict, lr_ratio: float) -> list[dict]:
         num_blocks = blocks.get(p, 1)
         rows = p.shape[0] // num_blocks if p.ndim >= 2 else 0
         hidden = rows and min(rows, p.numel() // p.shape[0]) >= LEAST_SIZE
-        if not hidden or p in embeddings or names[p].endswith("embeddings"):
+        *path, last = names[p].split(".")
+        if not hidden or p in embeddings or "heads" in path or last.endswith("embeddings"):
             num_blocks = None
         groups[num_blocks].append(p)
     split = [group | {"params": groups.pop(None, [])}]
@@ -51,7 +55,8 @@ class MuonAdamW(torch.optim.AdamW):
     matrices stacked in one parameter (an LSTM's gates), equal shapes in one product, capture.
 
     `grad_scale` and `found_inf`, as GradScaler sets them on torch's fused optimisers: tensors, by
-    which gradients are divided, and of which 1.0 skips the step without asking the device.
+    which gradients are divided, and of which 1.0 skips the step without asking the device. A step
+    may overwrite the gradients. Sharded matrices are gathered, one shape at a time.
     """
 
     grad_scale: Tensor | None = None
@@ -80,16 +85,17 @@ class MuonAdamW(torch.optim.AdamW):
             pairs = zip(momenta, gradients, strict=True)
             gradients = [torch.where(skip, momentum, g) for momentum, g in pairs]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        directions = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-        alike = defaultdict(list)  # shape of a matrix -> [(parameter, its matrices)]
-        for p, direction in zip(parameters, directions, strict=True):
-            matrices = direction.reshape(group["num_blocks"], p.shape[0] // group["num_blocks"], -1)
-            alike[matrices.shape[1:]].append((p, matrices))
+        torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # Nesterov's, in their place
+        num_blocks, alike = group["num_blocks"], defaultdict(list)
+        for p, direction in zip(parameters, gradients, strict=True):
+            alike[p.shape[0] // num_blocks, p[0].numel()].append((p, direction))
         for shape, found in alike.items():
-            updates = orthogonalise(torch.cat([matrices for _, matrices in found]))
+            matrices = [whole(direction).reshape(num_blocks, *shape) for _, direction in found]
+            updates = orthogonalise(torch.cat(matrices))  # [N, R, C]
             updates *= rate * 0.2 * max(shape) ** 0.5
-            for (p, _), update in zip(found, updates.split(group["num_blocks"]), strict=True):
-                p.mul_(1 - rate * group["weight_decay"]).sub_(update.view_as(p))
+            for (p, _), update in zip(found, updates.split(num_blocks), strict=True):
+                update = laid_out_as(p, update.view(p.shape))
+                p.mul_(1 - rate * group["weight_decay"]).sub_(update)
 
     def _momentum(self, p: Tensor) -> Tensor:
         if "momentum_buffer" not in self.state[p]:

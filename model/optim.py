@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from configs.schema import OptimConfig
 from model.muon import MuonAdamW, split_group
+from model.sharding import copy_into, forget_gathered, laid_out_as
 
 
 def make_optimizer(
@@ -94,7 +95,8 @@ def load_optimizer_tensors(
             begun = "with" if kind == "momentum_buffer" else "without"
             raise ValueError(f"optim.muon_lr: this run was begun {begun} Muon; go on so")
         # Fused AdamW keeps its step counter on the parameter's device, as fp32.
-        optimizer.state[p][kind] = value.to(p.device, torch.float32 if kind == "step" else p.dtype)
+        step = value.to(p.device, torch.float32)
+        optimizer.state[p][kind] = step if kind == "step" else laid_out_as(p, value)
 
 
 class EMA:
@@ -120,23 +122,18 @@ class EMA:
         """Continue from saved averages."""
         self.num_updates = num_updates
         for name, average in self.shadow.items():
-            average.copy_(tensors[name])
+            average.copy_(laid_out_as(average, tensors[name]))
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Within the context the model holds the averaged weights; afterwards its own again."""
+        forget_gathered(model)
         own = {n: p.detach().clone() for n, p in model.named_parameters()}
-        self._copy(self.shadow, model)
+        copy_into(model, self.shadow)
         try:
             yield
         finally:
-            self._copy(own, model)
-
-    @staticmethod
-    @torch.no_grad()
-    def _copy(tensors: dict[str, Tensor], model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])
+            copy_into(model, own)
 
 
 @contextmanager

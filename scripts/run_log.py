@@ -5,6 +5,7 @@ import math
 import platform
 import subprocess
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from tqdm import tqdm
 from configs.codec_schema import CodecTrainConfig
 from configs.files import atomic_write, write_json
 from configs.schema import RunConfig
+from data.audio import save_audio
 from data.baselines import baselines, bits_per_second
+from data.shards import Clip
 from model.layouts import Sequences
+from model.optim import evaluating
+from model.preview import preview
+from model.sharding import is_sharded, whole, whole_tensors
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
     "H100": 989e12,
@@ -185,7 +191,7 @@ def describe_start(line: dict, run: Any) -> str:
 
 def check_weights(run: Any) -> None:
     """ValueError, before anything is logged as good or saved, if the weights are lost."""
-    norm = float(get_total_norm(p.detach() for p in run.stage.parameters()))
+    norm = float(whole(get_total_norm([p.detach() for p in run.stage.parameters()])))
     if not math.isfinite(norm):
         raise ValueError(
             f"{run.out}: weights are not finite at step {run.step} and nothing of it was saved; "
@@ -261,3 +267,38 @@ def log_valid(run: Any, log: RunLog, values: dict) -> bool:
         f"per codebook {per_codebook}{'  best' if improved else ''}"
     )
     return improved
+
+
+def write_samples(run: Any) -> None:
+    """Samples of fixed validation clips at fixed seeds: wav files, or semantic tokens.
+
+    Every process calls it; the main one samples, with the whole model where that is sharded.
+    """
+    stage, averaged = run.stage, run.averaged()
+    if is_sharded(stage):
+        weights = whole_tensors(run.ema.shadow if run.ema else dict(stage.named_parameters()))
+        stage, averaged = run.whole_stage(weights), nullcontext()
+    if not run.process.is_main_process:
+        return
+    train, folder = run.config.train, run.out / "samples" / f"step-{run.step:08d}"
+    clips = run.folder.clips("valid")[: train.num_samples]
+    seconds = min(train.sample_seconds, run.config.data.crop_seconds)
+    tokens = [clip_tokens(run, clip, seconds) for clip in clips]
+    eager = torch.compiler.set_stance("force_eager")  # each step of a cache is another shape
+    with evaluating(stage), averaged, run.process.autocast(), eager:
+        previews = preview(stage, tokens, run.codec)
+    for n, (clip, made) in enumerate(zip(clips, previews, strict=True)):
+        stem = f"{n}-{Path(clip.name).stem}"
+        with atomic_write(folder / f"{stem}.json") as file:
+            json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
+        if made.wav is not None:
+            save_audio(folder / f"{stem}.wav", made.wav, run.codec.sample_rate)
+
+
+def clip_tokens(run: Any, clip: Clip, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """semantic [T_s], codes [K,T] of the first `seconds` of a clip."""
+    read = [torch.tensor(t.astype("int64")) for t in run.folder.read(clip)]
+    semantic = read[0][: round(seconds * run.folder.semantic["frame_rate"])]
+    if run.config.data.collapse_semantic:
+        semantic = torch.unique_consecutive(semantic)
+    return semantic, read[1][:, : round(seconds * run.folder.codec["frame_rate"])]
