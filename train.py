@@ -30,7 +30,7 @@ from configs.schema import RunConfig
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import TokenFolder, semantic_rate
-from model.attend import resolve
+from model.attend import choose_packing, resolve
 from model.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -74,9 +74,9 @@ CHANGEABLE = re.compile(
 )
 
 
-def encode(spec: StageSpec, collapse: bool, batch: Batch) -> Sequences:
+def encode(spec: StageSpec, collapse: bool, packed: bool, batch: Batch) -> Sequences:
     """A Batch -> its Sequences; run by the loader, off the training loop."""
-    return spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse)
+    return spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse, packed)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -92,6 +92,7 @@ class Training:
         checkpoints = list_checkpoints(self.out)
         if not resume and self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty: continue it with --resume, or set out=...")
+        self.step, self.best_step, self.best_loss = 0, None, math.inf
         self.folder = TokenFolder(config.data.tokens)
         codec, semantic = self.folder.codec, self.folder.semantic
         self.spec_state = {
@@ -109,6 +110,10 @@ class Training:
         head_dim, backend = config.model.head_dim, config.attention.backend
         uses_dropout = config.model.dropout > 0
         self.attention = resolve(process.device, dtype, head_dim, backend, has_dropout=uses_dropout)
+        filled = self.train_batches().filled
+        self.packed = choose_packing(
+            config.data.packed, filled, self.attention, process.device.type, head_dim
+        )
         self.compiled = choose_compile(config.train.compile, process.device.type)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
@@ -119,7 +124,6 @@ class Training:
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"
         self.codec = preview_codec(codec, process.device) if decodes else None
-        self.step, self.best_step, self.best_loss = 0, None, math.inf
         self.signalled, self.signalled_at = None, 0.0  # by which signal, when; here alone
         self.stopping = None  # all processes together
         self.meter = Meter(self.spec.layout.num_codebooks, process.device)
@@ -154,7 +158,7 @@ class Training:
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         """(endless micro-batches from the current step on, the whole validation split)."""
         train, data, process = self.config.train, self.config.data, self.process
-        transform = partial(encode, self.spec, data.collapse_semantic)
+        transform = partial(encode, self.spec, data.collapse_semantic, self.packed[0])
         share = {"rank": process.process_index, "world": process.num_processes}
         batches = self.train_batches(num_micro=train.num_micro_batches, **share)
         size = train.batch_size // (process.num_processes * train.num_micro_batches)

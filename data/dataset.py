@@ -185,6 +185,12 @@ class TrainBatches(_Windows):
         self.seed, self.batch_size_global, self.start_step = seed, batch_size_global, start_step
         self.rank, self.world, self.num_micro = rank, world, num_micro
 
+    @property
+    def filled(self) -> float:
+        """The share of a batch that would hold tokens if all were padded to the longest crop."""
+        frames = [min(clip.num_frames, self.crop_frames) for clip in self.clips]
+        return sum(frames) / (len(frames) * max(frames))
+
     def batches(self) -> Iterator[Iterable[Window]]:
         for step in count(self.start_step):
             for micro in range(self.num_micro):

@@ -26,6 +26,7 @@ SDP = {
 }
 BACKENDS = ("auto", "einsum", *SDP)
 HALF = (torch.float16, torch.bfloat16)
+PACKED_BELOW = 0.8  # full: cuDNN's kernel takes two thirds of flash's time, but no segments
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,45 @@ def _objection(
     return "head_dim must be a multiple of 8 up to 128" if head_dim % 8 or head_dim > 128 else None
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Clips one after another in a row of M places, each of which attends to itself alone.
+
+    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device.
+    """
+
+    lengths: tuple[int, ...]
+    bounds: Tensor
+
+    @property
+    def longest(self) -> int:
+        """Of the lengths, at least, and seldom another one: compiled code is made for a number."""
+        return 256 * -(-max(self.lengths) // 256)
+
+
+def choose_packing(
+    wanted: bool | None, filled: float, choice: AttentionChoice, device_type: str, head_dim: int
+) -> tuple[bool, str]:
+    """Whether clips come one after another rather than padded to the longest, and why.
+
+    `filled`: the share of padded batches that is not padding. ValueError: asked for, and no kernel
+    here can.
+    """
+    flash = "flash" in choice.backends and head_dim % 8 == 0
+    able = device_type == "cpu" or (device_type == "cuda" and flash)
+    if wanted and not able:
+        raise ValueError(
+            "data.packed=true needs PyTorch's flash kernel (fp16 or bf16, head_dim a multiple of "
+            f"8), and the choice here is {choice}; set data.packed=false"
+        )
+    if wanted is not None:
+        return wanted, "as configured"
+    said = f"padded batches would be {filled:.0%} full"
+    if not able:
+        return False, f"{said}, but packing needs the flash kernel"
+    return filled < PACKED_BELOW, said
+
+
 class Attend(nn.Module):
     """softmax(q k^T / sqrt(d) + attn_bias) v over the keys each query may see.
 
@@ -156,18 +196,36 @@ class Attend(nn.Module):
         v: Tensor,
         mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """q [b,h,i,d]; k, v [b,j,d] (one head shared by all) or [b,g,j,d], g dividing h.
 
         mask [b,j], True = may be attended; attn_bias broadcastable to [b,h,i,j], added to the
-        scaled scores. Returns [b,h,i,d]. A query with nothing to attend gets zeros.
+        scaled scores. Returns [b,h,i,d]. A query with nothing to attend gets zeros. segments: b is
+        1, i is j, no mask or bias, and each segment is a call of its own.
         """
         if k.ndim == 3:
             k, v = (rearrange(t, "b j d -> b 1 j d") for t in (k, v))
         if q.shape[1] % k.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads")
+        if segments is not None:
+            assert mask is None
+            assert attn_bias is None
+            return self._segments(q, k, v, segments)
         attend = self._fused if self.flash else self._einsum
         return attend(q, k, v, mask, attn_bias)
+
+    def _segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+        """One call for each segment; on a GPU one of the flash kernel for all."""
+        if not (self.flash and q.is_cuda):
+            pieces = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
+            return torch.cat([self(*piece) for piece in pieces], dim=2)
+        q, k, v = (rearrange(x, "1 h m d -> m h d") for x in (q, k, v))
+        ends, sizes = (segments.bounds, segments.bounds), (segments.longest, segments.longest)
+        dropout = self.dropout if self.training else 0.0
+        flash = torch.ops.aten._flash_attention_forward  # varlen_attn is this without dropout
+        out = flash(q, k, v, *ends, *sizes, dropout, self.causal, False)[0]
+        return rearrange(out, "m h d -> 1 h m d")
 
     def _einsum(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None

@@ -35,27 +35,41 @@ Pattern = Literal["flatten", "delay"]
 
 @dataclass(frozen=True)
 class Sequences:
-    """A batch of laid-out clips, padded on the right.
+    """A batch of laid-out clips, padded on the right or packed: one after another, B = 1.
 
     ids [B,N,S] global input ids, positions [B,N] of their places. For head k, `places[k]` [M_k] are
     the places, counted over the flattened [B*N], whose next token head k predicts, and `targets[k]`
-    [M_k] its local classes. `num_places` counts the places that are not padding.
+    [M_k] its local classes. `lengths` counts each clip's places; `bounds` [clips + 1], int32, where
+    the clips begin in a packed row, None in a padded batch.
     """
 
     ids: Tensor
     positions: Tensor
     places: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
-    num_places: int
+    lengths: tuple[int, ...]
+    bounds: Tensor | None = None
+
+    @property
+    def num_places(self) -> int:
+        """Those that are not padding."""
+        return sum(self.lengths)
 
     @property
     def num_targets(self) -> int:
         return sum(t.numel() for t in self.targets)
 
+    @property
+    def context(self) -> float:
+        """The length of the sequence that a place is in, on average: what attention costs."""
+        if self.bounds is None:
+            return self.positions.shape[1]
+        return sum(n * n for n in self.lengths) / self.num_places
+
     def without_targets(self) -> "Sequences":
-        """The same places, of which nothing is asked."""
+        """The same places, of which nothing is asked or counted."""
         nothing = tuple(t[:0] for t in self.targets)
-        return replace(self, places=nothing, targets=nothing, num_places=0)
+        return replace(self, places=nothing, targets=nothing)
 
     def to(self, device: torch.device | str) -> "Sequences":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -65,8 +79,14 @@ class Sequences:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Sequences":
-        places, targets = tuple(map(move, self.places)), tuple(map(move, self.targets))
-        return Sequences(move(self.ids), move(self.positions), places, targets, self.num_places)
+        return replace(
+            self,
+            ids=move(self.ids),
+            positions=move(self.positions),
+            places=tuple(map(move, self.places)),
+            targets=tuple(map(move, self.targets)),
+            bounds=None if self.bounds is None else move(self.bounds),
+        )
 
 
 @dataclass(frozen=True)
@@ -220,11 +240,22 @@ class Layout:
             ids[row, : len(clip_ids)] = clip_ids
             positions[row, : len(clip_ids)] = self.positions(clip_ids)
             targets[row, : len(clip_targets)] = clip_targets
-        flat = targets.reshape(-1, self.num_codebooks)  # [B,N,K] -> [B*N,K]
-        places = tuple((flat[:, k] != IGNORE).nonzero()[:, 0] for k in range(self.num_codebooks))
-        num_places = sum(len(clip_ids) for clip_ids, _ in encoded)
-        local = tuple(flat[p, k] for k, p in enumerate(places))
-        return Sequences(ids, positions, places, local, num_places)
+        lengths = tuple(len(clip_ids) for clip_ids, _ in encoded)
+        return Sequences(ids, positions, *self._listed(targets.flatten(0, 1)), lengths)
+
+    def pack(self, encoded: list[tuple[Tensor, Tensor]]) -> Sequences:
+        """The same clips in one row, without padding."""
+        ids, targets = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [M,S], [M,K]
+        positions = torch.cat([self.positions(clip_ids) for clip_ids, _ in encoded])  # [M]
+        lengths = tuple(len(clip_ids) for clip_ids, _ in encoded)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        listed = self._listed(targets)
+        return Sequences(ids[None], positions[None].float(), *listed, lengths, bounds)
+
+    def _listed(self, targets: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """targets [M,K] -> for each head the places that it predicts from, and their classes."""
+        places = tuple((column != IGNORE).nonzero()[:, 0] for column in targets.T)
+        return places, tuple(targets[p, k] for k, p in enumerate(places))
 
     def decode(self, ids: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor, bool, bool]:
         """The inverse of `encode`, for clips that end: (condition, codes, starts, ends)."""

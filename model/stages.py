@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attend import AttentionChoice
+from model.attend import AttentionChoice, Segments
 from model.kv_cache import KVCache
 from model.layouts import PAD, Layout, Sequences
 from model.transformer import Transformer
@@ -48,12 +48,19 @@ class StageSpec:
         return condition, codes[first:last]
 
     def sequences(
-        self, semantic: Tensor, codes: Tensor, starts: Tensor, ends: Tensor, collapse: bool = False
+        self,
+        semantic: Tensor,
+        codes: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        collapse: bool = False,
+        packed: bool = False,
     ) -> Sequences:
         """A padded batch of crops -> what `Stage.forward` takes.
 
         semantic [B,T_s] and codes [B,K,T], padded with -1; starts, ends [B] bool: the crop touches
-        its recording's ends. `collapse` drops repeats of semantic tokens.
+        its recording's ends. `collapse` drops repeats of semantic tokens; `packed` lays the crops
+        one after another instead of padding them.
         """
         encoded = []
         for row in range(len(codes)):
@@ -62,7 +69,7 @@ class StageSpec:
             tokens = torch.unique_consecutive(tokens) if collapse else tokens
             clip = self.streams(tokens, frames)
             encoded.append(self.layout.encode(*clip, bool(starts[row]), bool(ends[row])))
-        return self.layout.collate(encoded)
+        return self.layout.pack(encoded) if packed else self.layout.collate(encoded)
 
 
 def stage_spec(
@@ -134,14 +141,16 @@ class Stage(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """ids [B,T,S], positions [B,T] -> hidden [B,T,dim].
 
-        mask [B,J], True = real, over cached and new places; None = all are real.
+        mask [B,J], True = real, over cached and new places; None = all are real. segments: B is 1,
+        and the row holds several clips.
         """
         x = self.embed(ids) + self.embed_stream(self.stream_of[ids])  # [B,T,S,dim]
         x = x.sum(dim=2)  # -> [B,T,dim]
-        return self.transformer(x, positions, mask, kv_cache)
+        return self.transformer(x, positions, mask, kv_cache, segments)
 
     def forward(self, batch: Sequences) -> Tensor:
         """-> nats [K]: the summed cross-entropy of each head's targets.
@@ -149,7 +158,11 @@ class Stage(nn.Module):
         Sums rather than means: the caller divides by the tokens of the whole global batch, so that
         padding, micro-batches and processes do not weigh in.
         """
-        hidden = self.hidden(batch.ids, batch.positions).flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
+        segments = None
+        if batch.bounds is not None:
+            segments = Segments(batch.lengths, batch.bounds)
+        hidden = self.hidden(batch.ids, batch.positions, segments=segments)
+        hidden = hidden.flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
         nats = [
             F.cross_entropy(head(hidden[places]).float(), targets, reduction="sum")
             for head, places, targets in zip(self.heads, batch.places, batch.targets, strict=True)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attend import Attend, AttentionChoice
+from model.attend import Attend, AttentionChoice, Segments
 from model.kv_cache import KVCache
 
 
@@ -77,6 +77,7 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         q = rearrange(self.to_q(x), "b t (h d) -> b t h d", d=self.head_dim)
         k, v = rearrange(self.to_kv(x), "b t (s g d) -> s b t g d", s=2, d=self.head_dim)
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # [b,g,t,d] -> [b,g,j,d]
-        out = self.attend(q, k, v, mask)
+        out = self.attend(q, k, v, mask, segments=segments)
         return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
 
 
@@ -118,8 +119,10 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, mask, kv_cache))
+        y = self.attention(self.attention_norm(x), angles, mask, kv_cache, segments)
+        x = x + self.dropout(y)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -161,17 +164,19 @@ class Transformer(nn.Module):
         positions: Tensor,
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
         """x [B,T,dim], positions [B|1,T] -> hidden [B,T,dim].
 
         mask [B,J], True = a real token, over cached and new tokens alike; None = all are real.
+        segments: B is 1, and the row holds several clips.
         Under autocast the residual stream is of its dtype too: in fp32 it moves twice the bytes.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
         for block in self.blocks:
-            x = block(x, angles, mask, kv_cache)
+            x = block(x, angles, mask, kv_cache, segments)
         if kv_cache is not None:
             kv_cache.advance(x.shape[1])
         return self.norm(x)
@@ -195,7 +200,7 @@ class Transformer(nn.Module):
             c.num_layers, batch_size, c.num_kv_heads, max_length, c.head_dim, weight.device, dtype
         )
 
-    def flops_per_token(self, sequence_length: int) -> int:
+    def flops_per_token(self, sequence_length: float) -> float:
         """Training FLOPs per token: 6 x parameters + 6 x layers x inner width x sequence.
 
         Two for each multiply-add, three passes (forward, and backward twice); attention's term

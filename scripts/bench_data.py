@@ -4,7 +4,7 @@ import argparse
 import tempfile
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 from configs.load import load_config
@@ -16,8 +16,8 @@ from scripts.bench_tools import add_result_options, report, write_random_tokens
 from train import encode
 
 
-def time_loader(config: RunConfig, num_workers: int, num_batches: int) -> dict:
-    """Figures of a loader's batches after the first few."""
+def time_loader(config: RunConfig, num_workers: int, packed: bool, num_batches: int) -> dict:
+    """Figures of a loader's batches, padded or packed, after the first few."""
     folder = TokenFolder(config.data.tokens)
     codec, semantic = folder.codec, folder.semantic
     sizes = (semantic["num_tokens"], codec["num_codebooks"], codec["codebook_size"])
@@ -30,7 +30,7 @@ def time_loader(config: RunConfig, num_workers: int, num_batches: int) -> dict:
         batch_size_global=config.train.batch_size,
         num_micro=config.train.num_micro_batches,
     )
-    transform = partial(encode, spec, config.data.collapse_semantic)
+    transform = partial(encode, spec, config.data.collapse_semantic, packed)
     loader = iter(make_loader(batches, num_workers, transform))
     for _ in islice(loader, 2 * max(1, num_workers)):
         pass
@@ -40,6 +40,7 @@ def time_loader(config: RunConfig, num_workers: int, num_batches: int) -> dict:
     elapsed = time.perf_counter() - started
     return {
         "num_workers": num_workers,
+        "packed": packed,
         "batches_per_second": num_batches / elapsed,
         "tokens_per_second": places / elapsed,
         "filled": places / padded,
@@ -54,11 +55,13 @@ def bench_data(parsed: argparse.Namespace) -> None:
             seconds = load_config(RunConfig, parsed.config, overrides).data.crop_seconds
             overrides.append(f"data.tokens={write_random_tokens(Path(scratch, 'tokens'), seconds)}")
         config = load_config(RunConfig, parsed.config, overrides)
-        rows = [time_loader(config, workers, parsed.batches) for workers in parsed.workers]
+        kinds = product(parsed.workers, (False, True))
+        rows = [time_loader(config, *kind, parsed.batches) for kind in kinds]
     columns = {"batches_per_second": ",.1f", "tokens_per_second": ",.0f", "filled": ".0%"}
-    table = [["workers", "batches/s", "tokens/s", "filled"]]
+    table = [["workers", "packed", "batches/s", "tokens/s", "filled"]]
     for row in rows:
-        table.append([str(row["num_workers"]), *(format(row[k], f) for k, f in columns.items())])
+        kind = [str(row["num_workers"]), "yes" if row["packed"] else "no"]
+        table.append([*kind, *(format(row[k], f) for k, f in columns.items())])
     report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
 
 

@@ -31,7 +31,8 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
     """Figures of `num_steps` steps, warm; in a process of its own. {"failed"}: why there are none.
 
     tokens_per_second counts places that are not padding, `filled` is their share; MFU counts
-    6 FLOPs a parameter of the transformer and place, and 6 x layers x inner width x length.
+    6 FLOPs a parameter of the transformer and place, and 6 x layers x inner width x length of the
+    sequence that the place is in.
     """
     from train import Training, make_accelerator  # here: it says what a process may use
 
@@ -53,9 +54,8 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
             micro = [next(batches) for _ in range(num_micro)]
             waited += time.perf_counter() - asked
             for batch in micro:
-                length = batch.positions.shape[1]
                 places, padded = places + batch.num_places, padded + batch.positions.numel()
-                flops += batch.num_places * run.stage.transformer.flops_per_token(length)
+                flops += batch.num_places * run.stage.transformer.flops_per_token(batch.context)
             norm = run.update(micro)
         norm.item()
         elapsed = time.perf_counter() - started
@@ -74,6 +74,7 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
         "loss": loss,
         "attention": str(run.attention),
         "compile": run.compiled,
+        "packed": run.packed,
     }
 
 
@@ -82,6 +83,7 @@ def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
     chosen = {
         "as configured": [],
         "eager": ["train.compile=false"],
+        "eager, padded": ["train.compile=false", "data.packed=false"],
         "eager, einsum, one clip at a time": [
             "train.compile=false",
             "attention.backend=einsum",

@@ -173,6 +173,7 @@ def start_line(run: Any) -> dict:
         **{name: asdict(b) for name, b in baselines(run.folder, names, collapse).items()},
         "attention": str(run.attention),
         "compile": f"{'on' if run.compiled[0] else 'off'} ({run.compiled[1]})",
+        "packed": f"{'yes' if run.packed[0] else 'no'} ({run.packed[1]})",
         **environment(run.process.device),
     }
 
@@ -183,7 +184,7 @@ def describe_start(line: dict, run: Any) -> str:
     return (
         f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
         f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
-        f"compile: {line['compile']}\n"
+        f"compile: {line['compile']}\nclips packed: {line['packed']}\n"
         f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
         "learns goes below both"
     )
@@ -230,7 +231,7 @@ def log_train(
     check_skipped(run, facts)
     speed = values.pop("places") / elapsed
     peak = peak_flops(device)
-    flops = run.stage.transformer.flops_per_token(batch.ids.shape[1])
+    flops = run.stage.transformer.flops_per_token(batch.context)
     mfu = None if peak is None else speed * flops / (peak * run.process.num_processes)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     log.write(

@@ -75,6 +75,7 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
     assert [*rows] == [
         "as configured",
         "eager",
+        "eager, padded",
         "eager, einsum, one clip at a time",
         "two halves",
     ]
@@ -99,8 +100,11 @@ def test_data_times_the_loader(tmp_path, capsys):
     command = ["data", "--config", RECIPE, *SMALL, f"data.tokens={tokens}", "--workers", "0", "1"]
     bench.main([*command, "--batches", "4", "--out", str(out)])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["num_workers"] for row in rows] == [0, 1]
+    assert [(row["num_workers"], row["packed"]) for row in rows] == [
+        (workers, packed) for workers in (0, 1) for packed in (False, True)
+    ]
     for row in rows:
         assert row["batches_per_second"] > 0
-        assert 0.3 < row["filled"] < 1  # clips of 8 to 40 frames, in crops of 20
-    assert re.search(r"1 +\d[\d.,]* +\d[\d,]* +\d\d%", capsys.readouterr().out)
+        assert row["packed"] == (row["filled"] == 1)
+        assert row["filled"] > 0.3  # clips of 8 to 40 frames, in crops of 20
+    assert re.search(r"1 +no +\d[\d.,]* +\d[\d,]* +\d\d%", capsys.readouterr().out)

@@ -1,0 +1,120 @@
+"""Clips one after another in a row: the numbers of a padded batch, without its padding."""
+
+import pytest
+import torch
+from runs import config, log_lines, losses
+from tokens import CODEBOOK_SIZE, NUM_CODEBOOKS, NUM_SEMANTIC
+
+from configs.schema import ModelConfig
+from model.attend import Attend, AttentionChoice, Segments, choose_packing
+from model.stages import STAGES, Stage, stage_spec
+from train import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LENGTHS = (3, 11, 1, 7)
+FLASH = AttentionChoice(("flash", "math"), "test")
+
+
+def segments(device="cpu"):
+    return Segments(LENGTHS, torch.tensor([0, *LENGTHS], device=device).cumsum(0).int())
+
+
+def crops(seed=0):
+    """A padded Batch's tensors: four crops of 9, 2, 5 and 9 frames."""
+    generator = torch.Generator().manual_seed(seed)
+    semantic = torch.full((4, 9), -1)
+    codes = torch.full((4, NUM_CODEBOOKS, 9), -1)
+    for row, T in enumerate((9, 2, 5, 9)):
+        semantic[row, :T] = torch.randint(NUM_SEMANTIC, (T,), generator=generator)
+        shape = (NUM_CODEBOOKS, T)
+        codes[row, :, :T] = torch.randint(CODEBOOK_SIZE, shape, generator=generator)
+    return semantic, codes, torch.tensor([1, 0, 1, 0]) > 0, torch.tensor([1, 1, 0, 0]) > 0
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("backend", ["einsum", "math", "flash"])
+def test_packed_equals_padded_forward_and_backward(name, backend):
+    spec = stage_spec(name, NUM_SEMANTIC, NUM_CODEBOOKS, CODEBOOK_SIZE, 2)
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
+    stage = Stage(spec, ModelConfig(**sizes), AttentionChoice((backend,), "test"))
+    found = {}
+    for packed in (False, True):
+        batch = spec.sequences(*crops(), packed=packed)
+        stage.zero_grad()
+        nats = stage(batch)
+        nats.sum().backward()
+        found[packed] = (batch, nats, {n: p.grad.clone() for n, p in stage.named_parameters()})
+    (padded, wanted, gradients), (packed, nats, others) = found[False], found[True]
+    assert packed.ids.shape[:2] == (1, padded.num_places)
+    assert packed.num_places == padded.num_places < padded.positions.numel()
+    assert packed.num_targets == padded.num_targets
+    assert padded.context == padded.positions.shape[1]
+    assert packed.context < padded.context
+    torch.testing.assert_close(nats, wanted)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(others[key], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_segment_hears_itself_alone(flash):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 8) for heads in (4, 2, 2))
+    attend = Attend(causal=True, flash=flash, choice=FLASH if flash else None)
+    whole = attend(q, k, v, segments=segments())
+    for other in (0, 1, 3):  # what the others hold is of no matter
+        here, there = whole.split(LENGTHS, dim=2)[2], slice(*segments().bounds[other : other + 2])
+        k[:, :, there], v[:, :, there] = 77.0, -5.0
+        again = attend(q, k, v, segments=segments()).split(LENGTHS, dim=2)[2]
+        assert torch.equal(here, again)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads", [(4, 1), (4, 2), (4, 4)])
+def test_one_call_of_the_flash_kernel_equals_one_for_each_segment(heads):
+    torch.manual_seed(0)
+    h, g = heads
+    q, k, v = (
+        torch.randn(1, n, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for n in (h, g, g)
+    )
+    together = Attend(causal=True, flash=True, choice=FLASH)
+    alone = Attend(causal=True, flash=False)
+    out, wanted = (attend(q, k, v, segments=segments("cuda")) for attend in (together, alone))
+    torch.testing.assert_close(out, wanted, atol=2e-2, rtol=2e-2)
+    gradient = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, (q, k, v), gradient) for x in (out, wanted))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=4e-2, rtol=4e-2)
+
+
+def test_packing_is_chosen_where_it_saves_and_can_be_done():
+    cudnn, einsum = AttentionChoice(("cudnn",), "configured"), AttentionChoice(("einsum",), "test")
+    assert choose_packing(None, 0.5, FLASH, "cuda", 64) == (
+        True,
+        "padded batches would be 50% full",
+    )
+    assert choose_packing(None, 0.9, FLASH, "cuda", 64)[0] is False
+    assert choose_packing(None, 0.5, einsum, "cpu", 64)[0] is True
+    assert choose_packing(None, 0.5, FLASH, "mps", 64)[0] is False
+    for choice, head_dim in ((cudnn, 64), (einsum, 64), (FLASH, 30)):
+        packed, reason = choose_packing(None, 0.5, choice, "cuda", head_dim)
+        assert not packed
+        assert "needs the flash kernel" in reason
+        with pytest.raises(ValueError, match=r"data.packed=true needs PyTorch's flash kernel"):
+            choose_packing(True, 0.5, choice, "cuda", head_dim)
+    assert choose_packing(False, 0.5, FLASH, "cuda", 64) == (False, "as configured")
+
+
+def test_the_longest_is_a_round_number():
+    assert segments().longest == 256
+    assert Segments((256, 3), torch.tensor(0)).longest == 256
+    assert Segments((3, 257), torch.tensor(0)).longest == 512
+
+
+def test_a_packed_run_learns_what_a_padded_one_does(tokens, tmp_path):
+    for packed in (True, False):
+        train(config(tokens, tmp_path / str(packed), f"data.packed={packed}"))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-4)
+    (line,) = log_lines(tmp_path / "True", "start")
+    assert line["packed"] == "yes (as configured)"
