@@ -50,7 +50,7 @@ class DataConfig:
     tokens: str = MISSING  # a folder written by scripts.prepare
     crop_seconds: float = 10.0  # longest stretch of a recording in one sequence = the context
     collapse_semantic: bool = False  # drop repeats of semantic tokens (timing becomes the model's)
-    packed: bool | None = None  # clips one after another, unpadded; None: where it saves a fifth
+    packed: bool | None = None  # clips in a row, unpadded; None: on a CPU, if it saves a fifth
     num_workers: int = 0  # loader processes; 0 reads in the training process
 
 
@@ -82,7 +82,7 @@ class TrainConfig:
     batch_size: int = 32  # clips per optimiser step, over all processes and micro-batches
     num_micro_batches: int = 1  # gradient accumulation: same result, less memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the GPU has it
-    compile: bool | None = None  # torch.compile the blocks: a slower start; None: on a GPU
+    compile: bool = False  # torch.compile the blocks: some seconds to start, then faster on a GPU
     seed: int = 0
     log_every: int = 20
     valid_every: int = 500

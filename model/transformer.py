@@ -18,22 +18,18 @@ from model.attend import Attend, AttentionChoice, Segments
 from model.kv_cache import KVCache
 
 
-def choose_compile(wanted: bool | None, device_type: str) -> tuple[bool, str]:
-    """Whether to compile the blocks, and why; None leaves it to the device.
-
-    ValueError: asked for, but what it takes is not installed.
-    """
+def choose_compile(wanted: bool, device_type: str) -> tuple[bool, str]:
+    """Whether to compile the blocks, and why. ValueError: asked for, but what it takes is not
+    installed."""
+    if not wanted:
+        return False, "as configured; a long run on a GPU gains by train.compile=true"
     if device_type == "cuda":
         lacks = None if find_spec("triton") else "triton"
     else:
         lacks = None if shutil.which(os.environ.get("CXX") or "g++") else "a C++ compiler"
-    if wanted and lacks:
+    if lacks:
         raise ValueError(f"train.compile=true needs {lacks}; install it or set train.compile=false")
-    if wanted is not None:
-        return wanted, "as configured"
-    if device_type != "cuda":
-        return False, f"{device_type}: compiling takes longer than short runs gain"
-    return lacks is None, f"it needs {lacks}" if lacks else "fuses what lies between the products"
+    return True, "as configured"
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from scripts.bench_tools import median_ms
 SMALL = (
     "model={dim: 32, num_layers: 1, num_heads: 4, head_dim: 8}",
     "data={crop_seconds: 0.4, num_workers: 0}",
-    "train.batch_size=4",
+    "train={batch_size: 4, compile: false}",
     "num_coarse=2",
 )
 RECIPE = "configs/coarse_270m.yaml"
