@@ -20,7 +20,7 @@ from model.checkpoint import find_checkpoint, load_stage, read_state
 from model.codec import Codec, load_codec
 from model.layouts import PAD
 from model.transformer import choose_compile
-from train import Training, train
+from train import Training, make_accelerator, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +43,23 @@ def test_bf16_learns_as_fp32_does(tokens, tmp_path, forget_precision):
     assert ours == pytest.approx(theirs, rel=0.05)
     assert ours != theirs  # or it was fp32 after all
     assert {t.dtype for t in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [(), ("optim.muon_lr=0.02",), ("data.packed=true",)])
+def test_a_step_never_waits_for_the_gpu(changes, tokens, tmp_path):
+    settings = config(tokens, tmp_path / "run", "train.num_micro_batches=2", *changes)
+    run = Training(settings, make_accelerator(settings), resume=False)
+    batches = iter(run.loaders()[0])
+    for strict in (False, False, True):
+        micro_batches = [next(batches) for _ in range(2)]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            norm = run.update(micro_batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert float(norm) > 0
 
 
 def test_compiling_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):
