@@ -20,7 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -151,7 +155,8 @@ class Training:
         load_training(found, self.stage, self.optimizer, self.ema)
         self.step, self.best_step = state["step"], state["best_step"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.guard.load(state["guard"])
+        if "guard" in state:  # younger than the first checkpoints
+            self.guard.load(state["guard"])
         if self.process.is_main_process:  # the saved sums are those of all processes
             self.meter.load(state["meter"])
 
@@ -225,7 +230,8 @@ class Training:
         for n, batch in enumerate(micro_batches):
             last = n == len(micro_batches) - 1
             with contextlib.nullcontext() if last else process.no_sync(self.model):
-                nats.append(self.model(batch.to(process.device)))
+                with process.autocast():  # which prepare() leaves out where weights are sharded
+                    nats.append(self.model(batch.to(process.device)))
                 # DistributedDataParallel takes the mean over processes: undo it
                 process.backward(nats[-1].sum() * (process.num_processes / total))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -254,7 +260,7 @@ class Training:
     def validate(self, loader: DataLoader) -> dict:
         """The whole validation split, averaged weights; the model's mode is left as it was."""
         meter = Meter(self.spec.layout.num_codebooks, self.process.device)
-        with evaluating(self.stage), self.averaged():
+        with evaluating(self.stage), self.averaged(), self.process.autocast():
             for batch in loader:
                 meter.add(self.stage(batch.to(self.process.device)), [batch])
             if is_sharded(self.stage):  # as many passes as the others make, whose shards are here
@@ -322,14 +328,13 @@ def fit(run: Training, train_loader: DataLoader, valid_loader: DataLoader, first
 
 
 def shard_policy(bf16: bool) -> FullyShardedDataParallelPlugin:
-    """What `accelerate launch` was told of FSDP2, at the precision of an unsharded run: sums over
-    processes in fp32, positions and losses as well. ValueError: FSDP1."""
+    """What `accelerate launch` was told of FSDP2; weights are gathered in bf16, gradients summed in
+    fp32, inputs (positions!) left as they are. ValueError: FSDP1."""
     if os.environ.get("FSDP_VERSION") != "2":
         raise ValueError("FSDP 1 is not supported; accelerate's file must say fsdp_version: 2")
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
@@ -340,6 +345,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         fsdp_plugin=shard_policy(wanted) if sharded else None,
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",

@@ -41,9 +41,10 @@ class Recordings:
 
 
 def default_split(audio: str | Path, otherwise: str) -> str:
-    """What to measure on: "test" where recordings say their split, else `otherwise`."""
-    listed = any(recording.split for recording in find_recordings(audio))
-    return "test" if listed else otherwise
+    """What to measure on: "test" if there is one, "valid" if other splits are listed, else
+    `otherwise`."""
+    listed = {recording.split for recording in find_recordings(audio)} - {None}
+    return "test" if "test" in listed else "valid" if listed else otherwise
 
 
 def find_split(audio: str | Path, split: str) -> list[Recording]:

@@ -131,16 +131,18 @@ def _objection(
 class Segments:
     """Clips one after another in a row of M places, each of which attends to itself alone.
 
-    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device.
+    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device;
+    `longest`, no less than any length, and seldom another number: compiled code is made for one.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    longest: int
 
-    @property
-    def longest(self) -> int:
-        """Of the lengths, at least, and seldom another one: compiled code is made for a number."""
-        return 256 * -(-max(self.lengths) // 256)
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], bounds: Tensor) -> "Segments":
+        longest = 256 * -(-max(lengths) // 256)
+        return cls(() if bounds.is_cuda else lengths, bounds, longest)
 
 
 def choose_packing(
@@ -160,7 +162,7 @@ def choose_packing(
         )
     if wanted is not None:
         return wanted, "as configured"
-    said = f"padded batches would be {filled:.0%} full"
+    said = f"padded batches would be at worst {filled:.0%} full"
     if device_type != "cpu":  # the one call of the flash kernel has not been measured yet
         return False, f"{said}; data.packed=true packs them, where the flash kernel runs"
     return filled < PACKED_BELOW, said
@@ -217,7 +219,7 @@ class Attend(nn.Module):
 
     def _segments(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """One call for each segment; on a GPU one of the flash kernel for all."""
-        if not (self.flash and q.is_cuda):
+        if not q.is_cuda:
             pieces = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
             return torch.cat([self(*piece) for piece in pieces], dim=2)
         q, k, v = (rearrange(x, "1 h m d -> m h d") for x in (q, k, v))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,8 +41,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `tensors` ({file stem: {name: tensor}}) and `state` as the checkpoint of `step`.
 
-    A run comes to a step with the same tensors each time, so a checkpoint of it that is there and
-    whole only gets the new state.
+    A checkpoint of it that is there and whole only gets the new state: a run comes to a step with
+    the same tensors each time, up to the rounding of another kernel or number of processes.
     """
     final = checkpoint_folder(run, step)
     if final.exists() and damage(final) is None:
@@ -153,13 +154,14 @@ def training_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """Everything tensor-valued that a resumed run needs, as `save_checkpoint` takes it.
 
-    Whole, whatever the processes share it: every process calls it.
+    Whole, however the processes share it: every process calls it, the first one gets it.
     """
     tensors = {"model": stage.state_dict(), "optimizer": optimizer_tensors(optimizer, stage)}
     if ema is not None:
         tensors["ema"] = ema.shadow
     if is_sharded(stage):
-        tensors = {stem: whole_tensors(named) for stem, named in tensors.items()}
+        main = dist.get_rank() == 0
+        tensors = {stem: whole_tensors(named, keep=main) for stem, named in tensors.items()}
     return tensors
 
 

@@ -14,7 +14,7 @@ class Guard:
     norms that were accepted (as PaLM left out batches at a spike: Chowdhery et al. 2022, 5.1).
     """
 
-    FACTS = ("mean", "num_accepted", "num_skipped", "in_a_row", "row_began")
+    FACTS = ("mean", "num_accepted", "num_skipped", "in_a_row", "longest_row", "row_began")
 
     def __init__(self, factor: float, device: torch.device):
         self.factor = factor
@@ -22,7 +22,7 @@ class Guard:
 
     def judge(self, norm: Tensor, step: int) -> Tensor:
         """norm [], step -> [] 1.0 to skip this step, else 0.0."""
-        mean, accepted, skipped, in_a_row, began = self.facts
+        mean, accepted, skipped, in_a_row, longest, began = self.facts
         known = accepted >= WARM_UP
         skip = ~(norm <= torch.where(known, self.factor * mean, torch.inf)) | torch.isinf(norm)
         share = (1 / (1 + accepted)).clamp(min=1 - MEMORY)  # at first the plain mean
@@ -32,14 +32,21 @@ class Guard:
             accepted + ~skip,
             skipped + skip,
             row,
-            torch.where(row == 1, float(step), began),
+            torch.maximum(longest, row),
+            torch.where(row > longest, step + 1 - row, began),
         )
         self.facts = torch.stack(new)
         return skip.float()
 
     def read(self) -> dict[str, float]:
-        """The facts by name; waits for the device."""
+        """The facts by name; waits for the device. `row_began`: the step that the longest row of
+        skipped ones began with."""
         return dict(zip(self.FACTS, self.facts.tolist(), strict=True))
+
+    def forget_rows(self) -> None:
+        """All but a row that still goes on."""
+        longest, current = map(self.FACTS.index, ("longest_row", "in_a_row"))
+        self.facts[longest] = self.facts[current]
 
     def load(self, facts: dict[str, float]) -> None:
         """Continue from what `read` returned."""

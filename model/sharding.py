@@ -18,9 +18,10 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All of them, on the CPU, gathered one at a time."""
-    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items()}
+def whole_tensors(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """All of them, on the CPU, gathered one at a time; {} where a process only helps to."""
+    gathered = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 def laid_out_as(reference: Tensor, tensor: Tensor) -> Tensor:

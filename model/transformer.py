@@ -50,7 +50,8 @@ class RMSNorm(nn.RMSNorm):
     """Computed in fp32, returned in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps).type_as(x)
+        gains = self.weight.float()  # gathered in bf16 where they are sharded
+        return F.rms_norm(x.float(), self.normalized_shape, gains, self.eps).type_as(x)
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from data.dataset import TrainBatches, make_loader
 from data.shards import TokenFolder, semantic_rate
 from model.stages import stage_spec
-from scripts.bench_tools import add_result_options, report, write_random_tokens
+from scripts.bench_tools import report, write_random_tokens
 from train import encode
 
 
@@ -66,9 +66,9 @@ def bench_data(parsed: argparse.Namespace) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=bench_data)
+    parser.set_defaults(run=bench_data, device="cpu")
     parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], metavar="N")
     parser.add_argument("--batches", type=int, default=50, help="timed micro-batches of each (50)")
-    add_result_options(parser)
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")

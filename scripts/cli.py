@@ -23,14 +23,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         self.words = sys.argv[1:] if args is None else [*args]
-        return super().parse_known_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if any(word.startswith("--") for word in unknown):  # here, where its neighbours are known
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """A mistyped flag is named first: argparse would miss the one it stands for."""
         flags = self._option_string_actions
         for word in self.words:
             flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in flags:
+            if flag.startswith("--") and flag not in flags and word != "--":
                 near = difflib.get_close_matches(flag, flags, 1)
                 message = f"{flag}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
                 break

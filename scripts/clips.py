@@ -10,7 +10,7 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     """What `select_recordings` reads, how they are judged, and where the figures go."""
     parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
     parser.add_argument(
-        "--split", choices=(*SPLITS, "all"), help="default: test, or all where no splits are listed"
+        "--split", choices=(*SPLITS, "all"), help="default: test, else valid, or all without splits"
     )
     parser.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import TypeVar
 
@@ -109,10 +110,11 @@ class Encoder:
         self.rates = {codec.sample_rate, semantic.sample_rate}
         self.spent: Counter[str] = Counter()
         self._lock = Lock()
-        prepared = {"initializer": prepare_thread, "initargs": (machine.device,)}
-        self.pool = ThreadPoolExecutor(machine.workers, **prepared)
-        on_cpu = machine.device.type == "cpu"
-        self._encoders = self.pool if on_cpu else ThreadPoolExecutor(GPU_ENCODERS, **prepared)
+        device = machine.device
+        threads = partial(ThreadPoolExecutor, initializer=prepare_thread)
+        self.pool = self._encoders = threads(machine.workers, initargs=(device,))
+        if device.type != "cpu":
+            self._encoders = threads(GPU_ENCODERS, initargs=(device, True))
 
     def __enter__(self) -> "Encoder":
         return self
@@ -223,12 +225,12 @@ class Encoder:
         return [codes[clip] for clip in range(len(frames))]
 
 
-def prepare_thread(device: torch.device) -> None:
-    """Of many threads, each works with one core, on `device`, in a stream of its own."""
+def prepare_thread(device: torch.device, with_stream: bool = False) -> None:
+    """Of many threads, each works with one core, on `device`, perhaps in a stream of its own."""
     torch.set_num_threads(1)
-    if device.type == "cuda":
-        if device.index is not None:  # threads begin with the first GPU
-            torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is not None:  # threads begin with the first GPU
+        torch.cuda.set_device(device)
+    if with_stream:
         torch.cuda.set_stream(torch.cuda.Stream())
 
 

@@ -202,7 +202,7 @@ def check_weights(run: Any) -> None:
 
 def check_skipped(run: Any, facts: dict[str, float]) -> None:
     """ValueError after too many skipped steps in a row; the first one's batch is left on disk."""
-    if facts["in_a_row"] < run.config.optim.max_skipped:
+    if facts["longest_row"] < run.config.optim.max_skipped:
         return
     first = int(facts["row_began"])
     path = run.out / f"bad_batch-step-{first:08d}.json"
@@ -212,8 +212,8 @@ def check_skipped(run: Any, facts: dict[str, float]) -> None:
         with atomic_write(path.with_suffix(".safetensors"), "wb") as file:
             file.write(safetensors.torch.save({k: t.contiguous() for k, t in vars(batch).items()}))
     raise ValueError(
-        f"{run.out}: {facts['in_a_row']:.0f} steps in a row, from step {first} on, had a gradient "
-        f"that is not finite or over {run.config.optim.skip_factor:g} times the usual "
+        f"{run.out}: {facts['longest_row']:.0f} steps in a row, from step {first} on, had a "
+        f"gradient that is not finite or over {run.config.optim.skip_factor:g} times the usual "
         f"{facts['mean']:.3g}, and were skipped; the first one's clips are listed in {path}. "
         "Nothing was learnt from them: look at those clips, or begin anew with a lower optim.lr or "
         "model.qk_norm=true"
@@ -229,7 +229,13 @@ def log_train(
     run.meter = Meter(run.spec.layout.num_codebooks, device)
     facts, norm = run.guard.read(), float(norm)
     check_skipped(run, facts)
-    speed = values.pop("places") / elapsed
+    run.guard.forget_rows()
+    places = values.pop("places")
+    if not places:  # there is no loss to speak of
+        log.write("skipped", step=run.step, skipped=int(facts["num_skipped"]))
+        log.say(f"step {run.step:>6}  skipped, as all since the last line")
+        return
+    speed = places / elapsed
     peak = peak_flops(device)
     flops = run.stage.transformer.flops_per_token(batch.context)
     mfu = None if peak is None else speed * flops / (peak * run.process.num_processes)
@@ -275,12 +281,15 @@ def write_samples(run: Any) -> None:
 
     Every process calls it; the main one samples, with the whole model where that is sharded.
     """
-    stage, averaged = run.stage, run.averaged()
+    stage, averaged, main = run.stage, run.averaged(), run.process.is_main_process
     if is_sharded(stage):
-        weights = whole_tensors(run.ema.shadow if run.ema else dict(stage.named_parameters()))
-        stage, averaged = run.whole_stage(weights), nullcontext()
-    if not run.process.is_main_process:
+        weights = run.ema.shadow if run.ema else dict(stage.named_parameters())
+        weights = whole_tensors(weights, keep=main)
+        averaged = nullcontext()
+    if not main:
         return
+    if is_sharded(stage):  # one GPU has room for the weights alone
+        stage = run.whole_stage(weights)
     train, folder = run.config.train, run.out / "samples" / f"step-{run.step:08d}"
     clips = run.folder.clips("valid")[: train.num_samples]
     seconds = min(train.sample_seconds, run.config.data.crop_seconds)

@@ -39,7 +39,7 @@ release, update = train.Training.release, train.Training.update
 def accelerator(settings: RunConfig) -> train.Accelerator:
     process = make_accelerator(settings)
     if sharded:
-        process.state.fsdp_plugin = train.shard_policy(bf16=False)
+        process.state.fsdp_plugin = train.shard_policy(settings.train.precision == "bf16")
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
         assert process.is_fsdp2
     return process

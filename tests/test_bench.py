@@ -39,7 +39,7 @@ class InThisProcess:
 
 def test_a_median_is_of_one_call():
     calls = []
-    assert median_ms(lambda: calls.append(torch.ones(10).sum()), seconds=0.01) < 100
+    assert median_ms(lambda: calls.append(torch.ones(10).sum()), seconds=0.01) > 0
     assert len(calls) > 2
 
 

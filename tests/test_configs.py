@@ -138,6 +138,10 @@ def test_exit_code_2_and_one_line():
             ["scripts.evaluate", "codec", "--codek=x"],
             "--codek: no such flag; did you mean --codec?",
         ),
+        (
+            ["scripts.bench", "attend", "--heads=2", "--btch=2"],
+            "--btch: no such flag; did you mean",
+        ),
         (["train", "--config", "x", "--resum"], "--resum: no such flag; did you mean --resume?"),
     ],
 )

@@ -197,7 +197,10 @@ def test_threads_go_to_the_gpu_that_has_a_number_each_with_a_stream(name, monkey
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: tuple(chosen))  # of the GPU chosen so far
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    with ThreadPoolExecutor(1, initializer=prepare_thread, initargs=[torch.device(name)]) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 1
-    assert chosen == [1] * (name == "cuda:1")
-    assert streams == [tuple(chosen)] * (name != "cpu")
+    for with_stream in (False, True)[: 1 + (name != "cpu")]:
+        chosen.clear()
+        arguments = [torch.device(name), with_stream]
+        with ThreadPoolExecutor(1, initializer=prepare_thread, initargs=arguments) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert chosen == [1] * (name == "cuda:1")
+        assert streams == [tuple(chosen)] * with_stream

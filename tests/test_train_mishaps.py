@@ -162,6 +162,26 @@ def train_accelerator():
     return Accelerator(cpu=True)
 
 
+def test_a_row_of_skipped_steps_counts_though_it_has_ended(tokens, tmp_path, monkeypatch):
+    spoil(monkeypatch, 5, 8)
+    changes = ("train.log_every=12", "train.save_every=2", "train.valid_every=12")
+    with pytest.raises(ValueError, match="4 steps in a row, from step 5 on"):
+        train(config(tokens, tmp_path / "run", "optim.max_skipped=4", *changes))
+    train(config(tokens, tmp_path / "patient", "optim.max_skipped=5", *changes))
+
+
+def test_a_step_that_is_skipped_has_no_loss(tokens, tmp_path, monkeypatch):
+    spoil(monkeypatch, 6, 6)
+    train(config(tokens, tmp_path / "run", "train.log_every=1"))
+    lines = log_lines(tmp_path / "run", "train", "skipped")
+    assert [(x["kind"], x["skipped"]) for x in lines if x["step"] in (6, 7, 8)] == [
+        ("train", 0),
+        ("skipped", 1),
+        ("train", 1),
+    ]
+    assert all(line["loss"] > 0.5 for line in lines if line["kind"] == "train")
+
+
 def test_lost_weights_are_not_saved(tokens, tmp_path, monkeypatch):
     update = Training.update
 
