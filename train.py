@@ -44,13 +44,13 @@ from model.checkpoint import (
     save_checkpoint,
     training_tensors,
 )
+from model.fused import choose_kernels
 from model.guard import Guard
 from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
 from model.preview import preview_codec
 from model.sharding import copy_into, forget_gathered, is_sharded, whole
 from model.stages import Stage, StageSpec, stage_spec
-from model.transformer import choose_compile
 from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.run_log import (
     Meter,
@@ -74,7 +74,7 @@ EXAMPLES = """\
 # with another kernel or other micro-batches, the rounding)
 CHANGEABLE = re.compile(
     r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*"
-    r"|train\.(steps|num_micro_batches|compile|num_kept|num_samples|sample_seconds|.*_every)"
+    r"|train\.(steps|num_micro_batches|kernels|num_kept|num_samples|sample_seconds|.*_every)"
 )
 
 
@@ -118,12 +118,11 @@ class Training:
         self.packed = choose_packing(
             config.data.packed, filled, self.attention, process.device.type, head_dim
         )
-        self.compiled = choose_compile(config.train.compile, process.device.type)
+        self.kernels = choose_kernels(config.train.kernels, process.device.type)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
         self.optimizer = make_optimizer(self.stage, config.optim, muon_lr=config.optim.muon_lr)
-        if self.compiled[0]:
-            self.stage.transformer.compile_blocks()
+        self.stage.transformer.use_kernels(self.kernels[0])
         self.model, self.updater = process.prepare(self.stage, self.optimizer)
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"

@@ -82,7 +82,7 @@ class TrainConfig:
     batch_size: int = 32  # clips per optimiser step, over all processes and micro-batches
     num_micro_batches: int = 1  # gradient accumulation: same result, less memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the GPU has it
-    compile: bool = False  # torch.compile the blocks: some seconds to start, then faster on a GPU
+    kernels: Literal["auto", "plain", "compiled", "triton"] = "auto"  # between matrix products
     seed: int = 0
     log_every: int = 20
     valid_every: int = 500

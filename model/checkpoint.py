@@ -196,7 +196,13 @@ def load_stage(
     attention = resolve(torch.device(device), torch.float32, config.head_dim, backend)
     stage = Stage(stage_spec(**state["spec"]), config, attention)
     weights = "ema" if "ema.safetensors" in state["files"] else "model"
-    stage.load_state_dict(read_tensors(folder, weights))
+    saved = read_tensors(folder, weights)
+    if unknown := sorted(saved.keys() ^ stage.state_dict().keys()):
+        raise ValueError(
+            f"{folder} holds another version of the model (one of the two has no {unknown[0]}); "
+            "sample it with the code that trained it, or train again"
+        )
+    stage.load_state_dict(saved)
     return stage.to(device).eval(), {**state, "path": str(folder)}
 
 

@@ -4,9 +4,7 @@ It maps embeddings to hidden states and knows nothing of tokens, stages, files o
 """
 
 import math
-import os
-import shutil
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +13,8 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attend import Attend, AttentionChoice, Segments
+from model.fused import PLAIN, Kernels, add_norm, make_kernels, rotate_heads, swiglu_linear
 from model.kv_cache import KVCache
-
-
-def choose_compile(wanted: bool, device_type: str) -> tuple[bool, str]:
-    """Whether to compile the blocks, and why. ValueError: asked for, but what it takes is not
-    installed."""
-    if not wanted:
-        return False, "as configured; a long run on a GPU gains by train.compile=true"
-    if device_type == "cuda":
-        lacks = None if find_spec("triton") else "triton"
-    else:
-        lacks = None if shutil.which(os.environ.get("CXX") or "g++") else "a C++ compiler"
-    if lacks:
-        raise ValueError(f"train.compile=true needs {lacks}; install it or set train.compile=false")
-    return True, "as configured"
 
 
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -39,19 +24,21 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (x[..., d], x[..., d + D/2]) of q or k [B,T,H,D] by their angles."""
-    cos, sin = angles
-    a, b = x.float().chunk(2, dim=-1)  # each [B,T,H,D/2]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+class HeadNorm(nn.Module):
+    """RMSNorm with gains on each query and each key (Henry et al. 2020); values pass."""
 
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_kv = config.num_kv_heads
+        self.q_gain = nn.Parameter(torch.ones(config.head_dim))
+        self.k_gain = nn.Parameter(torch.ones(config.head_dim))
 
-class RMSNorm(nn.RMSNorm):
-    """Computed in fp32, returned in the dtype of x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gains = self.weight.float()  # gathered in bf16 where they are sharded
-        return F.rms_norm(x.float(), self.normalized_shape, gains, self.eps).type_as(x)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv [B,T,H+2G,D] -> the same; computed in fp32."""
+        q, k, v = qkv.split([qkv.shape[2] - 2 * self.num_kv, self.num_kv, self.num_kv], dim=2)
+        pairs = ((q, self.q_gain), (k, self.k_gain))  # gains are in bf16 where they are sharded
+        q, k = (F.rms_norm(x.float(), gain.shape, gain.float()) for x, gain in pairs)
+        return torch.cat([q.type_as(v), k.type_as(v), v], dim=2)
 
 
 class Attention(nn.Module):
@@ -59,13 +46,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, attend: Attend, layer: int):
         super().__init__()
-        self.layer, self.num_heads, self.head_dim = layer, config.num_heads, config.head_dim
+        self.layer, self.head_dim, self.num_kv = layer, config.head_dim, config.num_kv_heads
         inner, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.to_q = nn.Linear(config.dim, inner, bias=False)
-        self.to_kv = nn.Linear(config.dim, 2 * shared, bias=False)
+        self.to_qkv = nn.Linear(config.dim, inner + 2 * shared, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.norm = HeadNorm(config) if config.qk_norm else nn.Identity()
         self.attend = attend
 
     def forward(
@@ -75,10 +60,10 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
         segments: Segments | None = None,
+        kernels: Kernels = PLAIN,
     ) -> Tensor:
-        q = rearrange(self.to_q(x), "b t (h d) -> b t h d", d=self.head_dim)
-        k, v = rearrange(self.to_kv(x), "b t (s g d) -> s b t g d", s=2, d=self.head_dim)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        qkv = self.norm(rearrange(self.to_qkv(x), "b t (h d) -> b t h d", d=self.head_dim))
+        q, k, v = rotate_heads(qkv, angles, self.num_kv, kernels)
         # views: nothing is copied to another order of axes, here or on the way back
         q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
         if kv_cache is not None:
@@ -95,42 +80,40 @@ class FeedForward(nn.Module):
         self.to_gate_value = nn.Linear(dim, 2 * ff_dim, bias=False)
         self.to_out = nn.Linear(ff_dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.to_gate_value(x).chunk(2, dim=-1)  # each [b,t,ff_dim]
-        return self.to_out(F.silu(gate) * value)
+    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
+        return swiglu_linear(self.to_gate_value(x), self.to_out.weight, kernels)
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, attend: Attend, layer: int):
         super().__init__()
         ff_dim = config.ff_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
-        self.attention_norm = RMSNorm(config.dim)
         self.attention = Attention(config, attend, layer)
-        self.feed_forward_norm = RMSNorm(config.dim)
         self.feed_forward = FeedForward(config.dim, ff_dim)
         self.dropout = nn.Dropout(config.dropout)
+        self.kernels = PLAIN
 
     def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
-        kv_cache: KVCache | None = None,
-        segments: Segments | None = None,
-    ) -> Tensor:
-        y = self.attention(self.attention_norm(x), angles, mask, kv_cache, segments)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        self, x: Tensor, y: Tensor, angles: tuple[Tensor, Tensor], *context: Any
+    ) -> tuple[Tensor, Tensor]:
+        """x: the residual stream [B,T,dim]; y: the branch not yet added to it -> the same two.
+
+        context: mask, kv_cache and segments of `Transformer.forward`.
+        """
+        x, normed = add_norm(x, y, self.kernels)
+        y = self.dropout(self.attention(normed, angles, *context, self.kernels))
+        x, normed = add_norm(x, y, self.kernels)
+        return x, self.dropout(self.feed_forward(normed, self.kernels))
 
 
 class Transformer(nn.Module):
     """A stack of causal blocks and a final norm.
 
-    | parameter                     | initialised from                      |
-    |-------------------------------|---------------------------------------|
-    | to_q, to_kv, to_gate_value    | normal(0, 0.02)                       |
-    | to_out (both)                 | normal(0, 0.02 / sqrt(2 num_layers))  |
-    | RMSNorm weights               | 1                                     |
+    | parameter              | initialised from                      |
+    |------------------------|---------------------------------------|
+    | to_qkv, to_gate_value  | normal(0, 0.02)                       |
+    | to_out (both)          | normal(0, 0.02 / sqrt(2 num_layers))  |
+    | gains of qk_norm       | 1                                     |
 
     The scaled `to_out` keeps the variance of the residual stream near that of its input at any
     depth (GPT-2).
@@ -149,7 +132,6 @@ class Transformer(nn.Module):
         fused = attention is None or attention.backends != ("einsum",)
         attend = Attend(config.dropout, causal=True, flash=fused, choice=attention)
         self.blocks = nn.ModuleList(Block(config, attend, n) for n in range(config.num_layers))
-        self.norm = RMSNorm(config.dim)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 depth = 2 * config.num_layers if name.endswith("to_out") else 1
@@ -172,24 +154,22 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
+        y = torch.zeros_like(x)
         for block in self.blocks:
-            x = block(x, angles, mask, kv_cache, segments)
+            x, y = block(x, y, angles, mask, kv_cache, segments)
         if kv_cache is not None:
             kv_cache.advance(x.shape[1])
-        return self.norm(x)
+        return add_norm(x, y, self.blocks[-1].kernels)[1]
 
-    def compile_blocks(self) -> None:
-        """Compile each block in place. They share one graph, so it takes seconds at any depth.
-
-        The whole stack as one graph took ten times as long and its step 6 % longer (H100, 24
-        layers): inductor then recomputes more in the backward pass.
-        """
+    def use_kernels(self, name: str) -> None:
+        """What `choose_kernels` chose, in every block."""
+        kernels = make_kernels(name)
         for block in self.blocks:
-            block.compile()
+            block.kernels = kernels
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache on this model's device, in its dtype (or autocast's, where active)."""
-        weight = self.norm.weight
+        weight = self.blocks[0].attention.to_out.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         c = self.config

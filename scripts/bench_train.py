@@ -73,7 +73,7 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
         "first_seconds": started - began,
         "loss": loss,
         "attention": str(run.attention),
-        "compile": run.compiled,
+        "kernels": run.kernels,
         "packed": run.packed,
     }
 
@@ -82,10 +82,10 @@ def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
     """Name -> overrides. ValueError: one of `compare` is not NAME: key=value ..."""
     chosen = {
         "as configured": [],
-        "eager": ["train.compile=false"],
-        "eager, padded": ["train.compile=false", "data.packed=false"],
-        "eager, einsum, one clip at a time": [
-            "train.compile=false",
+        "plain kernels": ["train.kernels=plain"],
+        "plain kernels, padded": ["train.kernels=plain", "data.packed=false"],
+        "plain kernels, einsum, one clip at a time": [
+            "train.kernels=plain",
             "attention.backend=einsum",
             f"train.num_micro_batches={config.train.batch_size}",
         ],

@@ -172,7 +172,7 @@ def start_line(run: Any) -> dict:
         "codebooks": names,
         **{name: asdict(b) for name, b in baselines(run.folder, names, collapse).items()},
         "attention": str(run.attention),
-        "compile": f"{'on' if run.compiled[0] else 'off'} ({run.compiled[1]})",
+        "kernels": "{} ({})".format(*run.kernels),
         "packed": f"{'yes' if run.packed[0] else 'no'} ({run.packed[1]})",
         **environment(run.process.device),
     }
@@ -184,7 +184,7 @@ def describe_start(line: dict, run: Any) -> str:
     return (
         f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
         f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
-        f"compile: {line['compile']}\nclips packed: {line['packed']}\n"
+        f"kernels: {line['kernels']}\nclips packed: {line['packed']}\n"
         f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
         "learns goes below both"
     )

@@ -14,7 +14,7 @@ from scripts.bench_tools import median_ms
 SMALL = (
     "model={dim: 32, num_layers: 1, num_heads: 4, head_dim: 8}",
     "data={crop_seconds: 0.4, num_workers: 0}",
-    "train={batch_size: 4, compile: false}",
+    "train={batch_size: 4, kernels: plain}",
     "num_coarse=2",
 )
 RECIPE = "configs/coarse_270m.yaml"
@@ -74,9 +74,9 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert [*rows] == [
         "as configured",
-        "eager",
-        "eager, padded",
-        "eager, einsum, one clip at a time",
+        "plain kernels",
+        "plain kernels, padded",
+        "plain kernels, einsum, one clip at a time",
         "two halves",
     ]
     whole = rows["as configured"]
@@ -84,11 +84,11 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
     assert whole["tokens_per_second"] > 0
     for row in rows.values():  # the same tokens, weights and steps, whatever the speed
         assert row["loss"] == pytest.approx(whole["loss"], abs=1e-4)
-    assert "einsum" in rows["eager, einsum, one clip at a time"]["attention"]
+    assert "einsum" in rows["plain kernels, einsum, one clip at a time"]["attention"]
     assert re.search(r"two halves +\d", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("words", ["fast", "fast: now", "typo: train.compil=true"])
+@pytest.mark.parametrize("words", ["fast", "fast: now", "typo: train.kernel=plain"])
 def test_a_comparison_that_is_none_is_an_error(words, monkeypatch):
     monkeypatch.setattr(bench_train, "time_steps", lambda *_: pytest.fail("timed"))
     with pytest.raises(ValueError, match=r"--compare|Did you mean"):

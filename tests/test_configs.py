@@ -51,7 +51,7 @@ def test_every_stage_recipe_runs_a_step(recipe, tokens, tmp_path):
         "data.num_workers=0",
         "train.steps=1",
         "train.batch_size=1",
-        "train.compile=false",
+        "train.kernels=plain",
         *["model.num_layers=2"] * (recipe.stem == "coarse_270m"),  # its checkpoint has 4 GB
     ]
     run = train(load_config(RunConfig, recipe, overrides))

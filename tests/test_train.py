@@ -174,6 +174,14 @@ def test_what_is_sampled_is_the_best_checkpoint_and_its_averaged_weights(tokens,
     assert not all(torch.equal(parameters[name], t) for name, t in latest.items())
 
 
+def test_a_model_of_another_version_is_refused(tokens, tmp_path, monkeypatch):
+    train(config(tokens, tmp_path / "run", "train.steps=2"))
+    older = {"transformer.norm.weight": torch.ones(8)}
+    monkeypatch.setattr("model.checkpoint.read_tensors", lambda *args: read_tensors(*args) | older)
+    with pytest.raises(ValueError, match=r"another version .* no transformer.norm.weight\)"):
+        load_stage(tmp_path / "run")
+
+
 def test_a_damaged_checkpoint_names_the_last_whole_one(tokens, tmp_path):
     out = tmp_path / "run"
     train(config(tokens, out))

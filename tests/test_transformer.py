@@ -5,7 +5,8 @@ import torch
 
 from configs.schema import ModelConfig
 from model.attend import AttentionChoice
-from model.transformer import Transformer, rotary_angles, rotate
+from model.fused import rotate_heads
+from model.transformer import Transformer, rotary_angles
 
 BACKENDS = ("einsum", "flash", "math")
 
@@ -74,11 +75,12 @@ def test_the_future_is_not_seen():
 
 
 def test_rotary_scores_depend_on_distance_only():
-    q, k = torch.randn(2, 1, 1, 1, 8)
+    qkv = torch.randn(1, 1, 3, 8)
 
     def score(i, j):
         at = [rotary_angles(torch.tensor([[p]]), 8, 10_000.0) for p in (i, j)]
-        return (rotate(q, at[0]) * rotate(k, at[1])).sum()
+        (q, _, _), (_, k, _) = (rotate_heads(qkv, angles, 1) for angles in at)
+        return (q * k).sum()
 
     torch.testing.assert_close(score(3, 1), score(103, 101), atol=1e-4, rtol=1e-4)
     assert (score(3, 1) - score(3, 2)).abs() > 1e-3
@@ -99,7 +101,7 @@ def test_flops_per_token():
 
 def test_initialisation_is_as_documented():
     model = build(dim=256, head_dim=64, num_layers=8)
-    assert model.blocks[0].attention.to_q.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[0].attention.to_qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     to_out = model.blocks[3].feed_forward.to_out.weight
     assert to_out.std().item() == pytest.approx(0.02 / 4, rel=0.05)
 

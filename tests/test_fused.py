@@ -1,0 +1,115 @@
+"""What stands between a block's products: plain pieces against PyTorch's own differentiation, and
+the hand-written ones against the plain. (Compiled ones are compared in test_train_options.)"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fused_cases import compare
+
+from model.fused import (
+    EPS,
+    PLAIN,
+    add_norm,
+    choose_kernels,
+    make_kernels,
+    rotate_heads,
+    swiglu_linear,
+)
+from model.transformer import rotary_angles
+
+HERE = Path(__file__).parent
+
+
+def doubles(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def gradients(function, inputs):
+    """The gradients of a random projection of what `function` returns."""
+    out = function(*inputs)
+    torch.manual_seed(1)
+    loss = sum((x * torch.randn_like(x)).sum() for x in (out if isinstance(out, tuple) else [out]))
+    return torch.autograd.grad(loss, inputs)
+
+
+def assert_same(ours, theirs, inputs):
+    for a, b in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_add_norm_is_a_sum_and_its_rms_norm():
+    def spec(x, y):
+        return x + y, F.rms_norm(x + y, (8,), eps=EPS)
+
+    inputs = doubles((2, 3, 8), (2, 3, 8))
+    for ours, theirs in zip(add_norm(*inputs), spec(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert_same(add_norm, spec, inputs)
+
+
+def test_swiglu_linear_is_what_its_name_says():
+    def spec(x, weight):
+        gate, value = x.chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, weight)
+
+    inputs = doubles((2, 3, 10), (4, 5))
+    torch.testing.assert_close(swiglu_linear(*inputs), spec(*inputs))
+    assert_same(swiglu_linear, spec, inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rotate_heads_turns_pairs_and_leaves_values(rows):
+    positions = torch.tensor([[0, 1, 7], [3, 3, 100]])[:rows]
+    cos, sin = (x.double() for x in rotary_angles(positions, 8, 10_000.0))
+
+    def spec(qkv):
+        turns = torch.complex(cos, sin)  # [B,T,1,D/2]
+        turned = torch.complex(*qkv[:, :, :5].chunk(2, dim=-1)) * turns
+        turned = torch.cat([turned.real, turned.imag], dim=-1)
+        return turned[:, :, :3], turned[:, :, 3:], qkv[:, :, 5:]
+
+    inputs = doubles((2, 3, 7, 8))
+    for ours, theirs in zip(rotate_heads(*inputs, (cos, sin), 2), spec(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.is_contiguous()
+    assert_same(lambda qkv: rotate_heads(qkv, (cos, sin), 2), spec, inputs)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_triton_pieces_equal_the_plain_in_its_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HERE / "fused_cases.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["compiled", "triton"])
+def test_pieces_equal_the_plain_on_a_gpu(name):
+    compare(make_kernels(name), "cuda", [(2, 5, 32, 4, 2, 8), (2, 100, 1024, 16, 1, 64)])
+
+
+def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):
+    monkeypatch.setattr("model.fused.find_spec", lambda _: object())
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
+    assert choose_kernels("auto", "cpu")[0] == "plain"
+    assert choose_kernels("auto", "cuda")[0] == "triton"
+    assert choose_kernels("compiled", "cuda") == ("compiled", "as configured")
+    with pytest.raises(ValueError, match=r"train.kernels=triton needs a CUDA GPU"):
+        choose_kernels("triton", "cpu")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert choose_kernels("auto", "cuda") == ("plain", "no a C compiler: a step is slower without")
+    with pytest.raises(ValueError, match=r"train.kernels=compiled needs a C\+\+ compiler; set"):
+        choose_kernels("compiled", "cpu")
+    monkeypatch.setattr("model.fused.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"kernels=triton needs triton and a C compiler; set"):
+        choose_kernels("triton", "cuda")
+    assert choose_kernels("plain", "cuda") == ("plain", "as configured")
+    assert make_kernels("plain") is PLAIN
