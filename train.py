@@ -25,6 +25,7 @@ from accelerate import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
 )
+from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -49,7 +50,7 @@ from model.guard import Guard
 from model.layouts import Sequences
 from model.optim import EMA, evaluating, learning_rate, make_optimizer, set_learning_rate
 from model.preview import preview_codec
-from model.sharding import copy_into, forget_gathered, is_sharded, whole
+from model.sharding import forget_gathered, is_sharded, whole
 from model.stages import Stage, StageSpec, stage_spec
 from scripts.cli import end_with_launcher, make_parser, run_cli
 from scripts.run_log import (
@@ -130,6 +131,9 @@ class Training:
         self.signalled, self.signalled_at = None, 0.0  # by which signal, when; here alone
         self.stopping = None  # all processes together
         self.meter = Meter(self.spec.layout.num_codebooks, process.device)
+        self.hosts = None  # the processes; what is on their CPUs they exchange without a GPU
+        if process.num_processes > 1 and distributed.get_backend() != "gloo":
+            self.hosts = distributed.new_group(backend="gloo")
         self.guard = Guard(config.optim.skip_factor, process.device)
         if resume and checkpoints:
             self.load(find_checkpoint(self.out, or_older=True))
@@ -221,8 +225,9 @@ class Training:
         total = sum(batch.num_targets for batch in micro_batches)
         self.stopping = self.signalled
         if process.num_processes > 1:  # all stop at the same step, whoever got the signal
-            sums = torch.tensor([total, int(self.signalled or 0)], device=process.device)
-            total, stopping = process.reduce(sums, "sum").tolist()
+            sums = torch.tensor([total, int(self.signalled or 0)])
+            distributed.all_reduce(sums, group=self.hosts)
+            total, stopping = sums.tolist()
             self.stopping = signal.SIGTERM if stopping else None
         torch.manual_seed(dropout_seed(train.seed, self.step, process.process_index))
         set_learning_rate(self.optimizer, learning_rate(self.step, train.steps, self.config.optim))
@@ -245,12 +250,6 @@ class Training:
             self.ema.update(self.stage)
         self.step += 1
         return norm
-
-    def whole_stage(self, weights: dict[str, torch.Tensor]) -> Stage:
-        """Another stage like this one, with these weights, on this process alone."""
-        stage = Stage(self.spec, self.config.model, self.attention).to(self.process.device)
-        copy_into(stage, weights)
-        return stage
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """Within it the stage holds its averaged weights."""

@@ -25,7 +25,8 @@ from data.shards import Clip
 from model.layouts import Sequences
 from model.optim import evaluating
 from model.preview import preview
-from model.sharding import is_sharded, whole, whole_tensors
+from model.sharding import copy_into, is_sharded, whole, whole_tensors
+from model.stages import Stage
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
     "H100": 989e12,
@@ -289,7 +290,8 @@ def write_samples(run: Any) -> None:
     if not main:
         return
     if is_sharded(stage):  # one GPU has room for the weights alone
-        stage = run.whole_stage(weights)
+        stage = Stage(run.spec, run.config.model, run.attention).to(run.process.device)
+        copy_into(stage, weights)
     train, folder = run.config.train, run.out / "samples" / f"step-{run.step:08d}"
     clips = run.folder.clips("valid")[: train.num_samples]
     seconds = min(train.sample_seconds, run.config.data.crop_seconds)
