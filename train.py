@@ -347,7 +347,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         fsdp_plugin=shard_policy(wanted) if sharded else None,
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",
-        log_with=None if config.wandb.mode == "off" else "wandb",
+        log_with=None if config.wandb.mode == "disabled" else "wandb",
     )
 
 

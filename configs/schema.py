@@ -100,7 +100,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: Literal["off", "online", "offline"] = "off"
+    mode: Literal["disabled", "online", "offline"] = "disabled"
     project: str = "mini-audiolm"
 
 

@@ -1,8 +1,10 @@
 """How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
-loader. Each is in a file of its name."""
+loader, `learn` what variants of a recipe learn over steps and seconds. Each is in a file of its
+name."""
 
 from scripts.bench_attend import add_attend_options
 from scripts.bench_data import add_data_options
+from scripts.bench_learn import add_learn_options
 from scripts.bench_train import add_train_options
 from scripts.cli import make_parser, run_cli
 
@@ -12,7 +14,9 @@ EXAMPLES = """\
   python -m scripts.bench train --config configs/coarse_270m.yaml --out benchmarks/train.json
   python -m scripts.bench train --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "fp32: train.precision=fp32" "no dropout: model.dropout=0"
-  python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine"""
+  python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
+  python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
+      --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_attend_options(commands.add_parser("attend", help="features of attention x backends"))
     add_train_options(commands.add_parser("train", help="training steps of a recipe"))
     add_data_options(commands.add_parser("data", help="the loader of a recipe"))
+    add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

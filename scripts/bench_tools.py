@@ -39,6 +39,17 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
 
 
+def compared(compare: list[str]) -> dict[str, list[str]]:
+    """What --compare was given, as name -> overrides. ValueError: not "NAME: key=value ..."."""
+    chosen = {}
+    for words in compare:
+        name, colon, overrides = words.partition(":")
+        if not colon or not all("=" in word for word in overrides.split()):
+            raise ValueError(f'--compare "{words}": expected "NAME: key=value key=value ..."')
+        chosen[name] = overrides.split()
+    return chosen
+
+
 def median_ms(function: Callable[[], object], seconds: float = 0.3) -> float:
     """Milliseconds of a call, the median over `seconds` of calls, warm; a GPU's work included."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no word of CUDA_HOME

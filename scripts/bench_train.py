@@ -11,7 +11,7 @@ import torch
 
 from configs.load import load_config
 from configs.schema import RunConfig
-from scripts.bench_tools import report, write_random_tokens
+from scripts.bench_tools import compared, report, write_random_tokens
 from scripts.run_log import peak_flops
 
 WARM_UP = 5
@@ -79,7 +79,7 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
 
 
 def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
-    """Name -> overrides. ValueError: one of `compare` is not NAME: key=value ..."""
+    """Name -> overrides."""
     chosen = {
         "as configured": [],
         "plain kernels": ["train.kernels=plain"],
@@ -90,12 +90,7 @@ def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
             f"train.num_micro_batches={config.train.batch_size}",
         ],
     }
-    for words in compare:
-        name, colon, overrides = words.partition(":")
-        if not colon or not all("=" in word for word in overrides.split()):
-            raise ValueError(f'--compare "{words}": expected "NAME: key=value key=value ..."')
-        chosen[name] = overrides.split()
-    return chosen
+    return chosen | compared(compare)
 
 
 def bench_train(parsed: argparse.Namespace) -> None:

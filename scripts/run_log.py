@@ -136,7 +136,7 @@ class RunLog:
             unit="step",
             disable=None if accelerator.is_main_process else True,  # None: where no one watches
         )
-        if config.wandb.mode != "off":
+        if config.wandb.mode != "disabled":
             options = {"wandb": {"mode": config.wandb.mode, "dir": config.out}}
             accelerator.init_trackers(config.wandb.project, asdict(config), options)
 
@@ -245,6 +245,7 @@ def log_train(
         "train",
         step=run.step,
         **values,
+        seconds=elapsed,
         tokens_per_second=speed,
         mfu=mfu,
         lr=run.optimizer.param_groups[0]["lr"],

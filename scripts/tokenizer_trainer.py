@@ -52,7 +52,7 @@ class TokenizerTrainer:
             cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
             mixed_precision=precision,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            log_with=None if config.wandb.mode == "off" else "wandb",
+            log_with=None if config.wandb.mode == "disabled" else "wandb",
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         one = self.accelerator.num_processes == 1

@@ -1,0 +1,144 @@
+"""What a recipe learns and what its alternatives do, over seeds: by steps and by seconds."""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from configs.files import atomic_write
+from configs.load import load_config
+from configs.schema import RunConfig
+from scripts.bench_tools import compared, report
+
+Curve = list[tuple[int, float, float]]  # (step, seconds of training, validation loss)
+
+
+def read_curve(log: Path) -> Curve:
+    """The validations of a run, at the seconds that its steps took until then."""
+    curve, seconds = [], 0.0
+    for line in map(json.loads, log.read_text().splitlines()):
+        if line["kind"] == "train":
+            seconds += line["seconds"]
+        elif line["kind"] == "valid":
+            curve.append((line["step"], seconds, line["loss"]))
+    return curve
+
+
+def reached(curve: Curve, target: float) -> tuple[float, float] | None:
+    """(step, seconds) at which a straight line between validations first is at `target`."""
+    before = None
+    for step, seconds, loss in curve:
+        if loss <= target:
+            if before is None:
+                return step, seconds
+            share = (before[2] - target) / (before[2] - loss)
+            return (
+                before[0] + share * (step - before[0]),
+                before[1] + share * (seconds - before[1]),
+            )
+        before = (step, seconds, loss)
+    return None
+
+
+def train_one(recipe: str, overrides: list[str], out: Path) -> Curve:
+    """Train in a process of its own. ValueError: it failed, with its last line."""
+    words = [*overrides, f"out={out}", "train.sample_every=0", "wandb.mode=disabled"]
+    command = [sys.executable, "train.py", "--config", recipe, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise ValueError(f"{' '.join(command[1:])} failed: {''.join(said)}")
+    return read_curve(out / "log.jsonl")
+
+
+def spread(values: list[float], digits: str) -> str:
+    """Mean and, of several, the half of the range."""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.fmean(values):{digits}}" + f" ± {half:{digits}}" * (len(values) > 1)
+
+
+def summarise(rows: list[dict], target: float) -> list[list[str]]:
+    """A line per variant; adds to each row when it reached `target`."""
+    table = [["", "best loss", "ms/step", f"steps to {target:.3f}", "seconds"]]
+    for row in rows:
+        row["reached"] = reached(row["curve"], target)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        there = [row["reached"] for row in own if row["reached"]]
+        lasts = [row["curve"][-1] for row in own]
+        cells = (
+            [spread([steps for steps, _ in there], ",.0f"), spread([s for _, s in there], ".1f")]
+            if there
+            else ["-", "-"]
+        )
+        if 0 < len(there) < len(own):
+            cells = [f"{cell} ({len(there)} of {len(own)})" for cell in cells]
+        speeds = [1e3 * seconds / step for step, seconds, _ in lasts]
+        table.append(
+            [name, spread([row["best"] for row in own], ".3f"), spread(speeds, ".1f"), *cells]
+        )
+    return table
+
+
+def draw(rows: list[dict], target: float, path: Path) -> None:
+    """Validation losses over steps and over seconds, a line per seed, a colour per variant."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for row in rows:
+        steps, seconds, losses = zip(*row["curve"], strict=True)
+        colour = f"C{names.index(row['name'])}"
+        label = row["name"] if row is next(r for r in rows if r["name"] == row["name"]) else None
+        by_step.plot(steps, losses, colour, label=label, linewidth=1)
+        by_second.plot(seconds, losses, colour, linewidth=1)
+    for axis, unit in ((by_step, "steps"), (by_second, "seconds of training")):
+        axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
+        axis.set_xlabel(unit)
+    by_step.set_ylabel("validation loss, nats per token")
+    by_step.legend()
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:])
+
+
+def bench_learn(parsed: argparse.Namespace) -> None:
+    """Each variant and seed in turn; the runs themselves are not kept."""
+    chosen = {"as configured": [], **compared(parsed.compare)}
+    for words in chosen.values():  # a typo is an error before anything is trained
+        load_config(RunConfig, parsed.config, [*parsed.overrides, "out=.", *words])
+    if parsed.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib==3.10.9")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, words in chosen.items():
+            for seed in parsed.seeds:
+                overrides = [*parsed.overrides, *words, f"train.seed={seed}"]
+                curve = train_one(parsed.config, overrides, Path(scratch, str(len(rows))))
+                best = min(loss for *_, loss in curve)
+                rows.append(
+                    {"name": name, "overrides": words, "seed": seed, "best": best, "curve": curve}
+                )
+                print(f"{name}, seed {seed}: {best:.4f}, {curve[-1][1]:.1f} s", flush=True)
+    target = parsed.target if parsed.target is not None else max(row["best"] for row in rows)
+    table = summarise(rows, target)
+    if parsed.plot:
+        draw(rows, target, Path(parsed.plot))
+    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides, target=target)
+
+
+def add_learn_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=bench_learn, device=None)
+    parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar='"NAME: key=value ..."', help="alternatives"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument("--target", type=float, help="loss to reach (what every run reached)")
+    parser.add_argument("--plot", metavar="FILE.svg", help="the curves as a picture (svg or png)")
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
