@@ -14,6 +14,8 @@ EXAMPLES = """\
   python -m scripts.bench train --config configs/coarse_270m.yaml --out benchmarks/train.json
   python -m scripts.bench train --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "fp32: train.precision=fp32" "no dropout: model.dropout=0"
+  accelerate launch --config_file configs/accelerate/ddp.yaml -m scripts.bench train \\
+      --config configs/coarse_270m.yaml train.batch_size=32
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""

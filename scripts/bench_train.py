@@ -1,6 +1,7 @@
 """The whole step of train.py, as a recipe configures it and the slow, obvious ways beside it."""
 
 import argparse
+import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +28,16 @@ COLUMNS = {
 }
 
 
-def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
-    """Figures of `num_steps` steps, warm; in a process of its own. {"failed"}: why there are none.
+def meet_elsewhere(index: int) -> None:
+    """Under `accelerate launch`: the index-th group of processes meets at a port of its own."""
+    if "MASTER_PORT" in os.environ:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + index)
+
+
+def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0) -> dict:
+    """Figures of `num_steps` steps, warm; in a process of its own, or one for each GPU, of the
+    index-th variant. {"failed"}: why there are none.
 
     tokens_per_second counts places that are not padding, `filled` is their share; MFU counts
     6 FLOPs a parameter of the transformer and place, and 6 x layers x inner width x length of the
@@ -36,6 +45,7 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
     """
     from train import Training, make_accelerator  # here: it says what a process may use
 
+    meet_elsewhere(index)
     config = load_config(RunConfig, recipe, overrides)
     process = make_accelerator(config)
     try:
@@ -60,18 +70,23 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int) -> dict:
         norm.item()
         elapsed = time.perf_counter() - started
         loss = run.meter.read(process, run.rates)["loss"]
+        sums = torch.tensor([places, padded, flops], dtype=torch.float32, device=process.device)
+        places, padded, flops = process.reduce(sums, "sum").tolist()
+        num_processes = process.num_processes
+        run.release()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     peak = peak_flops(process.device)
     return {
         "milliseconds": 1e3 * elapsed / num_steps,
         "tokens_per_second": places / elapsed,
-        "mfu": None if peak is None else flops / elapsed / peak,
+        "mfu": None if peak is None else flops / elapsed / (peak * num_processes),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "data_wait": waited / elapsed,
         "filled": places / padded,
         "first_seconds": started - began,
         "loss": loss,
+        "num_processes": num_processes,
         "attention": str(run.attention),
         "kernels": run.kernels,
         "packed": run.packed,
@@ -94,9 +109,10 @@ def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
 
 
 def bench_train(parsed: argparse.Namespace) -> None:
-    """Each variant in a process of its own, one after the other, on the same tokens."""
+    """Each variant in processes of its own, one after the other, on the same tokens."""
     if parsed.steps < 1:
         raise ValueError(f"--steps {parsed.steps}: at least 1")
+    main = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as scratch:
         overrides = list(parsed.overrides)
         if not any(word.startswith("data.tokens=") for word in overrides):
@@ -109,10 +125,15 @@ def bench_train(parsed: argparse.Namespace) -> None:
         for name, words in chosen.items():
             out = f"out={Path(scratch, str(len(rows)))}"
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                arguments = (parsed.config, [*overrides, out, *words], parsed.steps)
+                arguments = (parsed.config, [*overrides, out, *words], parsed.steps, len(rows))
                 figures = pool.submit(time_steps, *arguments).result()
             rows.append({"name": name, "overrides": words, **figures})
-            print(name, {k: v for k, v in rows[-1].items() if k not in ("name", "overrides")})
+            if main:
+                print(
+                    name, figures.get("failed") or f"{figures['milliseconds']:.1f} ms", flush=True
+                )
+    if not main:
+        return
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         values = {key: row.get(key) for key in COLUMNS}

@@ -1,14 +1,16 @@
 """The benchmarks measure what they say, beside their baselines, and write it down."""
 
 import json
+import os
 import re
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
 from tokens import write_tokens
 
-from scripts import bench, bench_attend, bench_train
+from scripts import bench, bench_attend, bench_learn, bench_train
 from scripts.bench_tools import median_ms
 
 SMALL = (
@@ -108,3 +110,49 @@ def test_data_times_the_loader(tmp_path, capsys):
         assert row["packed"] == (row["filled"] == 1)
         assert row["filled"] > 0.3  # clips of 8 to 40 frames, in crops of 20
     assert re.search(r"1 +no +\d[\d.,]* +\d[\d,]* +\d\d%", capsys.readouterr().out)
+
+
+def test_a_group_of_processes_meets_where_no_other_did(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    bench_train.meet_elsewhere(0)
+    assert "MASTER_PORT" not in os.environ
+    ports = []
+    for index in range(2):
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # which outlives a group
+        bench_train.meet_elsewhere(index)
+        ports.append(os.environ["MASTER_PORT"])
+        assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+    assert ports == ["29501", "29502"]
+
+
+def test_a_loss_is_reached_between_validations():
+    curve = [(10, 2.0, 5.0), (20, 4.0, 4.0), (30, 8.0, 4.5), (40, 9.0, 3.0)]
+    assert bench_learn.reached(curve, 5.5) == (10, 2.0)
+    assert bench_learn.reached(curve, 4.25) == (17.5, 3.5)
+    assert bench_learn.reached(curve, 3.5) == pytest.approx((36.667, 8.667), abs=1e-3)
+    assert bench_learn.reached(curve, 2.9) is None
+
+
+def test_learn_trains_each_variant_and_seed(tokens, tmp_path, capsys):
+    out, picture = tmp_path / "learn.json", tmp_path / "learn.svg"
+    few = "train={batch_size: 4, steps: 8, valid_every: 4, kernels: plain}"
+    command = ["learn", "--config", RECIPE, *SMALL[:2], few, "num_coarse=2", "optim.warmup_steps=1"]
+    faster = ["--compare", "faster: optim.lr=0.01", "--seeds", "0"]
+    drawn = ["--plot", str(picture)] if find_spec("matplotlib") else []
+    bench.main([*command, f"data.tokens={tokens}", *faster, *drawn, "--out", str(out)])
+    found = json.loads(out.read_text())
+    slow, fast = found["rows"]
+    assert [step for step, *_ in slow["curve"]] == [4, 8]
+    assert 0 < slow["curve"][0][1] < slow["curve"][1][1]
+    assert fast["best"] < slow["best"] == found["target"]
+    assert slow["reached"] == [8, slow["curve"][1][1]]
+    assert fast["reached"] == fast["curve"][0][:2]
+    assert re.search(r"faster +\d\.\d{3} +[\d.,]+ +\d", capsys.readouterr().out)
+    assert not drawn or picture.read_text().startswith("<?xml")
+
+
+def test_learn_tells_why_a_run_failed(tokens):
+    command = ["learn", "--config", RECIPE, *SMALL, f"data.tokens={tokens}/none", "--seeds", "0"]
+    with pytest.raises(ValueError, match=r"train.py .* failed: error: .*none"):
+        bench.main(command)
