@@ -7,7 +7,10 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
+
+import numpy as np
 
 from configs.files import atomic_write
 from configs.load import load_config
@@ -19,13 +22,12 @@ Curve = list[tuple[int, float, float]]  # (step, seconds of training, validation
 
 def read_curve(log: Path) -> Curve:
     """The validations of a run, at the seconds that its steps took until then."""
-    curve, seconds = [], 0.0
-    for line in map(json.loads, log.read_text().splitlines()):
-        if line["kind"] == "train":
-            seconds += line["seconds"]
-        elif line["kind"] == "valid":
-            curve.append((line["step"], seconds, line["loss"]))
-    return curve
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    steps = [0, *(line["step"] for line in trained)]
+    seconds = [0.0, *accumulate(line["seconds"] for line in trained)]
+    valid = [(line["step"], line["loss"]) for line in lines if line["kind"] == "valid"]
+    return [(step, float(np.interp(step, steps, seconds)), loss) for step, loss in valid]
 
 
 def reached(curve: Curve, target: float) -> tuple[float, float] | None:
