@@ -15,6 +15,7 @@ from data.shards import EncodedClip, write_header, write_shard
 from scripts.clips import align
 from scripts.run_log import environment
 
+WARM_UP = 5  # steps that are not timed
 NUM_CLIPS = 256  # made-up ones: more than a step of any recipe takes
 CODEC = {
     "name": "made-up codec",

@@ -12,10 +12,10 @@ import torch
 
 from configs.load import load_config
 from configs.schema import RunConfig
-from scripts.bench_tools import compared, report, write_random_tokens
+from scripts.bench_peers import installed_peers, time_peer
+from scripts.bench_tools import WARM_UP, compared, report, write_random_tokens
 from scripts.run_log import peak_flops
 
-WARM_UP = 5
 COLUMNS = {
     "milliseconds": ("ms/step", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -112,6 +112,7 @@ def bench_train(parsed: argparse.Namespace) -> None:
     """Each variant in processes of its own, one after the other, on the same tokens."""
     if parsed.steps < 1:
         raise ValueError(f"--steps {parsed.steps}: at least 1")
+    peers = installed_peers() if parsed.peers else []
     main = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as scratch:
         overrides = list(parsed.overrides)
@@ -121,24 +122,27 @@ def bench_train(parsed: argparse.Namespace) -> None:
         chosen = variants(load_config(RunConfig, parsed.config, overrides), parsed.compare)
         for words in chosen.values():  # a typo is an error before anything is timed
             load_config(RunConfig, parsed.config, [*overrides, *words])
-        rows = []
-        for name, words in chosen.items():
-            out = f"out={Path(scratch, str(len(rows)))}"
+        rows = [{"name": name, "overrides": words} for name, words in chosen.items()]
+        rows += [{"name": name, "overrides": []} for name in peers]
+        for index, row in enumerate(rows):
+            name, own = row["name"], [*overrides, f"out={Path(scratch, str(index))}"]
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                arguments = (parsed.config, [*overrides, out, *words], parsed.steps, len(rows))
-                figures = pool.submit(time_steps, *arguments).result()
-            rows.append({"name": name, "overrides": words, **figures})
+                if name in peers:
+                    done = pool.submit(time_peer, name, parsed.config, own, parsed.steps)
+                else:
+                    own += row["overrides"]
+                    done = pool.submit(time_steps, parsed.config, own, parsed.steps, index)
+                row |= done.result()
             if main:
-                print(
-                    name, figures.get("failed") or f"{figures['milliseconds']:.1f} ms", flush=True
-                )
+                print(name, row.get("failed") or f"{row['milliseconds']:.1f} ms", flush=True)
     if not main:
         return
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         values = {key: row.get(key) for key in COLUMNS}
+        batch = f", batch {row['batch_size']}" if "batch_size" in row else ""
         cells = ["-" if v is None else format(v, COLUMNS[key][1]) for key, v in values.items()]
-        table.append([row["name"], *cells])
+        table.append([row["name"] + batch, *cells])
     report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
 
 
@@ -150,4 +154,5 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar='"NAME: key=value ..."', help="more variants"
     )
+    parser.add_argument("--peers", action="store_true", help="beside other projects' models")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokens import write_tokens
 
-from scripts import bench, bench_attend, bench_learn, bench_train
+from scripts import bench, bench_attend, bench_learn, bench_peers, bench_train
 from scripts.bench_tools import median_ms
 
 SMALL = (
@@ -88,6 +88,29 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
         assert row["loss"] == pytest.approx(whole["loss"], abs=1e-4)
     assert "einsum" in rows["plain kernels, einsum, one clip at a time"]["attention"]
     assert re.search(r"two halves +\d", capsys.readouterr().out)
+
+
+def test_peers_take_the_largest_batch_that_fits(monkeypatch, capsys):
+    tried = []
+
+    def build(config, frames, batch, device):
+        tried.append(batch)
+        if batch > 1:
+            raise torch.OutOfMemoryError
+        model = torch.nn.Linear(3, 3).to(device)
+        return model, lambda: model(torch.ones(batch, 3, device=device)).square().sum()
+
+    monkeypatch.setattr(bench_train, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(bench_train, "variants", lambda *_: {})
+    monkeypatch.setattr(
+        bench_peers, "PEERS", {"a layer": ("torch", build), "no": ("absent_", None)}
+    )
+    bench.main(["train", "--config", RECIPE, *SMALL, "--steps", "2", "--peers"])
+    assert tried == [4, 2, 1]
+    assert re.search(r"a layer, batch 1 +\d", capsys.readouterr().out)
+    monkeypatch.setattr(bench_peers, "PEERS", {"no": ("absent_", None)})
+    with pytest.raises(ValueError, match="none is installed; pip install"):
+        bench.main(["train", "--config", RECIPE, "--peers"])
 
 
 @pytest.mark.parametrize("words", ["fast", "fast: now", "typo: train.kernel=plain"])
