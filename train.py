@@ -35,7 +35,7 @@ from configs.schema import RunConfig
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import TokenFolder, semantic_rate
-from model.attend import choose_packing, resolve
+from model.backends import choose_packing, resolve
 from model.checkpoint import (
     find_checkpoint,
     list_checkpoints,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs.files import fsync_folder, write_json
 from configs.schema import ModelConfig
-from model.attend import resolve
+from model.backends import resolve
 from model.optim import EMA, load_optimizer_tensors, optimizer_tensors
 from model.sharding import copy_into, is_sharded, whole_tensors
 from model.stages import Stage, stage_spec

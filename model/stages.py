@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attend import AttentionChoice, Segments
+from model.attend import Segments
+from model.backends import AttentionChoice
 from model.kv_cache import KVCache
 from model.layouts import PAD, Layout, Sequences
 from model.transformer import Transformer

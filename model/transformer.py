@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attend import Attend, AttentionChoice, Segments
+from model.attend import Attend, Segments
+from model.backends import AttentionChoice
 from model.fused import PLAIN, Kernels, add_norm, make_kernels, rotate_heads, swiglu_linear
 from model.kv_cache import KVCache
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.attend import BACKENDS, Attend, resolve
+from model.attend import Attend
+from model.backends import BACKENDS, resolve
 from scripts.bench_tools import add_result_options, median_ms, report
 from scripts.cli import find_device
 

@@ -5,14 +5,8 @@ import itertools
 import pytest
 import torch
 
-from model.attend import (
-    BACKENDS,
-    Attend,
-    AttentionChoice,
-    _with_masked_key,
-    resolve,
-    select_backends,
-)
+from model.attend import Attend, _with_masked_key
+from model.backends import BACKENDS, AttentionChoice, resolve, select_backends
 
 CUDA = torch.cuda.is_available()
 LENGTHS = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.schema import ModelConfig
-from model.attend import BACKENDS, resolve
+from model.backends import BACKENDS, resolve
 from model.layouts import PAD
 from model.stages import STAGES, Stage, stage_spec
 

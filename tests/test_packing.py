@@ -6,7 +6,8 @@ from runs import config, log_lines, losses
 from tokens import CODEBOOK_SIZE, NUM_CODEBOOKS, NUM_SEMANTIC
 
 from configs.schema import ModelConfig
-from model.attend import Attend, AttentionChoice, Segments, choose_packing
+from model.attend import Attend, Segments
+from model.backends import AttentionChoice, choose_packing
 from model.stages import STAGES, Stage, stage_spec
 from train import train
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configs.schema import ModelConfig
-from model.attend import AttentionChoice
+from model.backends import AttentionChoice
 from model.sampling import Sampling, draw, filter_logits, generate, generate_windows
 from model.stages import STAGES, Stage, stage_spec
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configs.schema import ModelConfig
-from model.attend import AttentionChoice
+from model.backends import AttentionChoice
 from model.fused import rotate_heads
 from model.transformer import Transformer, rotary_angles
 
