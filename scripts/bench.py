@@ -1,10 +1,11 @@
 """How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
-loader, `learn` what variants of a recipe learn over steps and seconds. Each is in a file of its
-name."""
+loader, `learn` what variants of a recipe learn over steps and seconds. `readme` puts
+benchmarks/*.json into the README. Each is in a file of its name."""
 
 from scripts.bench_attend import add_attend_options
 from scripts.bench_data import add_data_options
 from scripts.bench_learn import add_learn_options
+from scripts.bench_readme import add_readme_options
 from scripts.bench_train import add_train_options
 from scripts.cli import make_parser, run_cli
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_train_options(commands.add_parser("train", help="training steps of a recipe"))
     add_data_options(commands.add_parser("data", help="the loader of a recipe"))
     add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
+    add_readme_options(commands.add_parser("readme", help="benchmarks/*.json as README tables"))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

@@ -92,5 +92,5 @@ def report(rows: list[dict], table: list[list[str]], parsed: argparse.Namespace,
     if parsed.out:
         words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
         command = f"python -m scripts.{shlex.join(words)}"
-        write_json(parsed.out, {"command": command, **where, **facts, "rows": rows})
+        write_json(parsed.out, {"command": command, **where, **facts, "table": table, "rows": rows})
         print(f"written to {parsed.out}")

@@ -5,12 +5,13 @@ import os
 import re
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from tokens import write_tokens
 
-from scripts import bench, bench_attend, bench_learn, bench_peers, bench_train
+from scripts import bench, bench_attend, bench_learn, bench_peers, bench_readme, bench_train
 from scripts.bench_tools import median_ms
 
 SMALL = (
@@ -179,3 +180,28 @@ def test_learn_tells_why_a_run_failed(tokens):
     command = ["learn", "--config", RECIPE, *SMALL, f"data.tokens={tokens}/none", "--seeds", "0"]
     with pytest.raises(ValueError, match=r"train.py .* failed: error: .*none"):
         bench.main(command)
+
+
+def test_the_readme_shows_what_the_files_say(tmp_path, monkeypatch):
+    root = Path(bench.__file__).parents[1]
+    monkeypatch.chdir(root)
+    readme, files = Path("README.md").read_text(), sorted(Path("benchmarks").glob("*.json"))
+    assert files
+    assert bench_readme.with_benchmarks(readme, files) == readme, "run scripts.bench readme"
+    found = {
+        "command": "python -m scripts.bench x",
+        "device": "abacus",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "table": [["", "ms"], ["ours", "1.0"]],
+    }
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    text = f"Before\n\n{bench_readme.BEGIN}\nold\n{bench_readme.END}\n\nAfter"
+    made = bench_readme.with_benchmarks(text, [tmp_path / "x.json"])
+    assert "abacus, torch 2, commit abc" in made
+    assert "|  | ms |\n| --- | ---: |\n| ours | 1.0 |" in made
+    assert made.startswith("Before")
+    assert made.endswith("After")
+    assert "old" not in made
+    with pytest.raises(ValueError, match="put them back"):
+        bench_readme.with_benchmarks("nothing", [])
