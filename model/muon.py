@@ -10,6 +10,7 @@ from model.sharding import laid_out_as, whole
 MOMENTUM = 0.95
 LEAST_SIZE = 16  # rows and columns: what is narrower has too few directions to equalise
 ITERATIONS = 5
+NUMBERS = 2**27  # in one product of equal shapes, gathered where they are sharded: half a GiB
 DTYPES = {"cuda": torch.bfloat16}  # else fp32: bf16 products took a CPU 100 times as long
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -56,7 +57,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     `grad_scale` and `found_inf`, as GradScaler sets them on torch's fused optimisers: tensors, by
     which gradients are divided, and of which 1.0 skips the step without asking the device. A step
-    may overwrite the gradients. Sharded matrices are gathered, one shape at a time.
+    may overwrite the gradients. Sharded matrices are gathered, some at a time.
     """
 
     grad_scale: Tensor | None = None
@@ -90,12 +91,20 @@ class MuonAdamW(torch.optim.AdamW):
         for p, direction in zip(parameters, gradients, strict=True):
             alike[p.shape[0] // num_blocks, p[0].numel()].append((p, direction))
         for shape, found in alike.items():
-            matrices = [whole(direction).reshape(num_blocks, *shape) for _, direction in found]
-            updates = orthogonalise(torch.cat(matrices))  # [N, R, C]
-            updates *= rate * 0.2 * max(shape) ** 0.5
-            for (p, _), update in zip(found, updates.split(num_blocks), strict=True):
-                update = laid_out_as(p, update.view(p.shape))
-                p.mul_(1 - rate * group["weight_decay"]).sub_(update)
+            at_once = max(1, NUMBERS // (num_blocks * shape[0] * shape[1]))
+            for part in (found[n : n + at_once] for n in range(0, len(found), at_once)):
+                self._apply(part, shape, group, rate)
+
+    def _apply(
+        self, part: list[tuple[Tensor, Tensor]], shape: tuple[int, int], group: dict, rate: float
+    ) -> None:
+        """One update of parameters that hold matrices of this shape, along their directions."""
+        matrices = [whole(d).reshape(group["num_blocks"], *shape) for _, d in part]
+        updates = orthogonalise(torch.cat(matrices))  # [N, R, C]
+        updates *= rate * 0.2 * max(shape) ** 0.5
+        for (p, _), update in zip(part, updates.split(group["num_blocks"]), strict=True):
+            update = laid_out_as(p, update.view(p.shape))
+            p.mul_(1 - rate * group["weight_decay"]).sub_(update)
 
     def _momentum(self, p: Tensor) -> Tensor:
         if "momentum_buffer" not in self.state[p]:

@@ -94,6 +94,23 @@ def test_it_equals_the_optimisers_of_torch(monkeypatch):
         assert error < 0.01 * change, name
 
 
+def test_few_matrices_at_a_time_are_moved_as_all_at_once(monkeypatch):
+    together, apart = make(), make()
+    learn(*together, 3)
+    batches = []
+
+    def counted(matrices):
+        batches.append(len(matrices))
+        return orthogonalise(matrices)
+
+    monkeypatch.setattr(muon, "NUMBERS", 1)
+    monkeypatch.setattr(muon, "orthogonalise", counted)
+    learn(*apart, 3)
+    assert batches == 3 * [1, 1, 1, 4, 4]  # the gates of an LSTM are one parameter's
+    for ours, theirs in zip(apart[0].parameters(), together[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 200), (2, 96, 24), (1, 64, 64)])
 def test_all_directions_move_alike(shape):
     torch.manual_seed(0)
