@@ -146,6 +146,7 @@ def _launch_rotate(
         qkv, q, k, v, cos.contiguous(), sin.contiguous(), cos.shape[0] * T, num_q, num_kv, D // 2,
         BACK=back, Q_HEADS=triton.next_power_of_2(num_q),
         KV_HEADS=triton.next_power_of_2(num_kv), PAIRS=triton.next_power_of_2(D // 2),
+        num_warps=2,  # so that a thread has 8 numbers of 16 heads of 64: one load
     )  # fmt: skip
 
 

@@ -90,6 +90,37 @@ def test_triton_pieces_equal_the_plain_in_its_interpreter():
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
 
 
+BF16, FP32, INT, CONSTEXPR = "*bf16", "*fp32", "i32", "constexpr"
+CONSTANTS = {"BLOCK": 1024, "BACK": True, "Q_HEADS": 16, "KV_HEADS": 1, "PAIRS": 32, "num_kv": 1}
+TYPES = {"scale": FP32, "cos": FP32, "sin": FP32, "eps": "fp32", "dim": INT, "width": INT}
+TYPES |= {"num_angles": INT, "num_q": INT, "half": INT} | dict.fromkeys(CONSTANTS, CONSTEXPR)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_pieces_compile_for_gpus_that_are_not_here(capability):
+    """Down to machine code; in vectors of 16 bytes, if sizes and addresses are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from model import fused_triton
+
+    kernels = ("_add_norm", "_add_norm_backward", "_swiglu", "_swiglu_backward", "_rotate")
+    for name in kernels:
+        kernel = getattr(fused_triton, name)
+        signature = {key: TYPES.get(key, BF16) for key in kernel.arg_names}
+        constants = {key: CONSTANTS[key] for key in signature if key in CONSTANTS}
+        by_16 = [["tt.divisibility", 16]]
+        attributes = {(n,): by_16 for n, key in enumerate(signature) if key not in CONSTANTS}
+        source = ASTSource(kernel, signature, constants, attributes)
+        options = {"num_warps": 2 if name == "_rotate" else 4}
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.asm["cubin"]
+        assert "ld.global.v4" in made.asm["ptx"]
+        assert "st.global.v4" in made.asm["ptx"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["compiled", "triton"])
 def test_pieces_equal_the_plain_on_a_gpu(name):
