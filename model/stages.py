@@ -149,9 +149,15 @@ class Stage(nn.Module):
         mask [B,J], True = real, over cached and new places; None = all are real. segments: B is 1,
         and the row holds several clips.
         """
-        x = self.embed(ids) + self.embed_stream(self.stream_of[ids])  # [B,T,S,dim]
-        x = x.sum(dim=2)  # -> [B,T,dim]
+        x = self.embedded(ids).sum(dim=2)  # [B,T,S,dim] -> [B,T,dim]
         return self.transformer(x, positions, mask, kv_cache, segments)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [...,dim]: the same sums, for all ids once or for each place."""
+        if ids.numel() < len(self.stream_of):
+            return self.embed(ids) + self.embed_stream(self.stream_of[ids])
+        table = self.embed.weight + self.embed_stream(self.stream_of)  # [num_ids,dim]
+        return F.embedding(ids, table, padding_idx=PAD)
 
     def forward(self, batch: Sequences) -> Tensor:
         """-> nats [K]: the summed cross-entropy of each head's targets.
@@ -164,8 +170,11 @@ class Stage(nn.Module):
             segments = Segments.of(batch.lengths, batch.bounds)
         hidden = self.hidden(batch.ids, batch.positions, segments=segments)
         hidden = hidden.flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
+        # one selection for all heads: its backward pass fills one gradient of hidden
+        chosen = hidden.index_select(0, torch.cat(batch.places))
+        chosen = chosen.split([len(places) for places in batch.places])
         nats = [
-            F.cross_entropy(head(hidden[places]).float(), targets, reduction="sum")
-            for head, places, targets in zip(self.heads, batch.places, batch.targets, strict=True)
+            F.cross_entropy(head(x).float(), targets, reduction="sum")
+            for head, x, targets in zip(self.heads, chosen, batch.targets, strict=True)
         ]
         return torch.stack(nats)
