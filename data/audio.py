@@ -5,9 +5,11 @@ resamples.
 """
 
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import soundfile
 import torch
@@ -151,6 +153,33 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 def resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:
     """wav [..., L] at `rate` Hz -> [..., L'] at `sample_rate` Hz, band-limited."""
     return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
+
+
+class WavStream:
+    """A wav file of unknown length, written to a pipe as its samples come: 16-bit PCM, mono.
+
+    Says nothing, and goes on, when nobody reads the pipe any more.
+    """
+
+    def __init__(self, file: BinaryIO, sample_rate: int):
+        self.file, unknown = file, 0xFFFFFFFF
+        form = struct.pack("<IHHIIHH", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+        lengths = struct.pack("<I", unknown)
+        self._send(b"RIFF" + lengths + b"WAVEfmt " + form + b"data" + lengths)
+
+    def write(self, wav: Tensor) -> None:
+        """The next samples, [1, L]; beyond +-1 they are clipped."""
+        samples = (wav[0].clamp(-1, 1) * 32767).round().to(torch.int16)
+        self._send(samples.cpu().numpy().astype("<i2").tobytes())
+
+    def _send(self, data: bytes) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.write(data)
+            self.file.flush()
+        except BrokenPipeError:
+            self.file = None
 
 
 def save_audio(path: str | Path, wav: Tensor, sample_rate: int) -> None:

@@ -31,6 +31,11 @@ class KVCache:
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these, [B] bool."""
+        self.k = [k[rows] for k in self.k]
+        self.v = [v[rows] for v in self.v]
+
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` as filled, once every layer has stored them."""
         self.length += num_tokens

@@ -1,7 +1,7 @@
 """From a trained stage to codes: filter the logits, draw, append, until EOS.
 
-Every clip draws from a generator of its own, seeded by its own seed, one uniform number per step
-and slot; so a clip does not depend on what else is in its batch.
+Every clip has random numbers of its own, one for each of its steps and slots, which its seed alone
+says; so a clip depends neither on what else is in its batch nor on how much is drawn at a time.
 """
 
 import hashlib
@@ -72,6 +72,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return (cumulative <= threshold).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
 
 
+BLOCK = 256  # steps whose random numbers are drawn together
 EMPTY = -2  # a slot where no code belongs: before the first frame or after the last (`delay`)
 
 
@@ -82,47 +83,54 @@ def generate(
     max_frames: list[int],
     seeds: list[int],
     sampling: Sampling,
-    starts: list[bool] | None = None,
+    begins: list[int] | None = None,
     min_frames: list[int] | None = None,
     use_cache: bool = True,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Continue each prompt [K,P] (P may be 0) until its own EOS or its `max_frames`.
 
-    conditions: [K_c,T_c] each, or None for a stage without one; starts[n]: row n begins where its
-    recording begins; EOS is not drawn before `min_frames` (1). Returns codes [K,T_n], prompt
-    included, min_frames <= T_n <= max_frames. `use_cache=False` feeds the whole sequence through
-    the model at every step: slow, plain, the specification of the other. `on_frame(n)` is told,
-    frame by frame, that n clips go on.
+    conditions: [K_c,T_c] each, or None for a stage without one; begins[n]: the frame of its
+    recording that row n begins with (0); EOS is not drawn before `min_frames` (1). Returns codes
+    [K,T_n], prompt included, min_frames <= T_n <= max_frames. `use_cache=False` feeds the whole
+    sequence through the model at every step: slow, plain, the specification of the other.
+    `on_frame(n)` is told, frame by frame, that n clips go on.
     """
-    layout = stage.layout
-    rows = _rows(stage, prompts, max_frames, min_frames or [1] * len(prompts), seeds)
+    layout, begins = stage.layout, begins or [0] * len(prompts)
+    rows = _rows(stage, prompts, max_frames, min_frames or [1] * len(prompts), seeds, begins)
     num_steps = rows.known.shape[1]
     if num_steps == 0:  # the prompts are all there is to be
         return list(prompts)
-    ids, positions, mask = _pad_left(
-        stage, conditions, prompts, starts or [True] * len(prompts), num_steps
-    )
+    starts = [begin == 0 for begin in begins]
+    ids, positions, mask = _pad_left(stage, conditions, prompts, starts, num_steps)
     cache = None
     if use_cache:
         cache = stage.transformer.make_cache(len(prompts), ids.shape[1] + num_steps)
-    out, num_fresh = [], ids.shape[1]
+    totals, place_of = rows.num_frames.clone(), torch.arange(len(prompts), device=ids.device)
+    steps = ids.new_full((len(prompts), num_steps, layout.num_slots), EMPTY)
+    num_fresh = ids.shape[1]
     for j in range(num_steps):
         seen = None if mask is None else mask[:, : ids.shape[1]]
         fresh = slice(-num_fresh if use_cache else None, None)
         hidden = stage.hidden(ids[:, fresh], positions[:, fresh], seen, cache)[:, -1]  # [B,dim]
-        out.append(_draw_step(stage, hidden, j, rows, sampling))
-        num_active = int((_frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames).sum())
+        codes = _draw_step(stage, hidden, j, rows, sampling)
+        steps[place_of, j], totals[place_of] = codes, rows.num_frames
+        active = _frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames
+        num_active = int(active.sum())
         if on_frame is not None and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0):
             on_frame(num_active)
         if num_active == 0:
             break
-        ids, num_fresh = torch.cat([ids, _to_ids(stage, out[-1], j)], dim=1), 1
+        ids, num_fresh = torch.cat([ids, _to_ids(stage, codes, j)], dim=1), 1
         positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
-    steps = torch.stack(out, dim=1).cpu()  # [B,steps,S]
+        if use_cache and 2 * num_active <= len(active):  # those that have ended cost no more
+            rows, place_of = rows.only(active), place_of[active]
+            ids, positions = ids[active], positions[active]
+            mask = None if mask is None else mask[active]
+            cache.keep(active)
     return [
         _finish(stage, prompt, row, int(total))
-        for prompt, row, total in zip(prompts, steps, rows.num_frames, strict=True)
+        for prompt, row, total in zip(prompts, steps.cpu(), totals, strict=True)
     ]
 
 
@@ -138,6 +146,10 @@ class _Rows:
     known: Tensor
     uniform: Tensor
 
+    def only(self, rows: Tensor) -> "_Rows":
+        """rows [B] bool: those to go on with."""
+        return _Rows(*(tensor[rows] for tensor in vars(self).values()))
+
 
 def _rows(
     stage: Stage,
@@ -145,19 +157,23 @@ def _rows(
     max_frames: list[int],
     min_frames: list[int],
     seeds: list[int],
+    begins: list[int],
 ) -> _Rows:
-    device = stage.embed.weight.device
+    device, per_frame = stage.embed.weight.device, _steps_per_frame(stage)
     totals = [max(n, prompt.shape[1]) for n, prompt in zip(max_frames, prompts, strict=True)]
     steps = [
-        stage.layout.num_steps(total) - _whole_steps(stage, prompt)
+        stage.layout.num_steps(total) - prompt.shape[1] * per_frame
         for total, prompt in zip(totals, prompts, strict=True)
+    ]
+    firsts = [
+        (begin + prompt.shape[1]) * per_frame for begin, prompt in zip(begins, prompts, strict=True)
     ]
     return _Rows(
         torch.tensor([prompt.shape[1] for prompt in prompts], device=device),
         torch.tensor(min_frames, device=device),
         torch.tensor(totals, device=device),
         torch.stack([_known(stage, prompt, max(steps)) for prompt in prompts]).to(device),
-        _uniform(seeds, steps, stage.layout.num_slots).to(device),
+        _uniform(seeds, firsts, steps, stage.layout.num_slots).to(device),
     )
 
 
@@ -186,11 +202,11 @@ def _draw_step(stage: Stage, hidden: Tensor, j: int, rows: _Rows, sampling: Samp
     return torch.stack(codes, dim=1)
 
 
-def generate_windows(
+def extend(
     stage: Stage,
     condition_of: Callable[[int, int, int], Tensor | None],
-    prompts: list[Tensor],
-    max_frames: list[int],
+    clips: list[Tensor],
+    num_frames: list[int],
     seeds: list[int],
     sampling: Sampling,
     window: int,
@@ -198,61 +214,70 @@ def generate_windows(
     min_frames: list[int] | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """`generate` beyond the trained context: windows of `window` frames, of which the first
-    `overlap` repeat the end of what is there, until EOS or max_frames.
+    """Continue clips [K,T] to `num_frames` each or to EOS, however far beyond the trained context:
+    in windows of at most `window` frames, which see `overlap` or more of what is there.
 
     `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
     """
     assert 0 <= overlap < window
-    least = min_frames or [1] * len(prompts)
-    codes, active = list(prompts), [n for n, p in enumerate(prompts) if p.shape[1] < max_frames[n]]
+    least = min_frames or [1] * len(clips)
+    clips, active = list(clips), [n for n, c in enumerate(clips) if c.shape[1] < num_frames[n]]
     while active:
-        begins = [_window_begin(codes[n].shape[1], window, overlap) for n in active]
-        ends = [min(a + window, max_frames[n]) for n, a in zip(active, begins, strict=True)]
+        begins = [_window_begin(clips[n].shape[1], num_frames[n], window, overlap) for n in active]
+        ends = [min(a + window, num_frames[n]) for n, a in zip(active, begins, strict=True)]
         made = generate(
             stage,
             [condition_of(n, a, b) for n, a, b in zip(active, begins, ends, strict=True)],
-            [codes[n][:, a:] for n, a in zip(active, begins, strict=True)],
+            [clips[n][:, a:] for n, a in zip(active, begins, strict=True)],
             [b - a for a, b in zip(begins, ends, strict=True)],
-            [_mix(seeds[n], a) for n, a in zip(active, begins, strict=True)],
+            [seeds[n] for n in active],
             sampling,
-            [a == 0 for a in begins],
+            begins,
             [max(1, least[n] - a) for n, a in zip(active, begins, strict=True)],
             on_frame=on_frame,
         )
         still = []
         for n, a, b, clip in zip(active, begins, ends, made, strict=True):
-            codes[n] = torch.cat([codes[n][:, :a], clip], dim=1)
-            if codes[n].shape[1] == b < max_frames[n]:  # no EOS, and more is wanted
+            clips[n] = torch.cat([clips[n][:, :a], clip], dim=1)
+            if clips[n].shape[1] == b < num_frames[n]:  # no EOS, and more is wanted
                 still.append(n)
         active = still
-    return codes
+    return clips
 
 
-def _window_begin(num_frames: int, window: int, overlap: int) -> int:
-    """Where the next window begins, when `num_frames` are there: at 0 while they fit."""
-    return 0 if num_frames < window else num_frames - overlap
+def _window_begin(there: int, wanted: int, window: int, overlap: int) -> int:
+    """Where the next window begins, when `there` frames are there: at 0 while they fit; then so
+    that it sees as much as it can, and `overlap` at least."""
+    return 0 if there < window else min(there - overlap, wanted - window)
 
 
-def _mix(seed: int, salt: int) -> int:
-    """A seed for each (clip, window): 63 bits of a hash, the same on every machine."""
+def _uniform(seeds: list[int], firsts: list[int], num_steps: list[int], num_slots: int) -> Tensor:
+    """[B,steps,S] numbers in [0, 1): row n's from its step firsts[n] on. Which number a step gets
+    is a matter of the seed alone: they are drawn in blocks that lie where they lie."""
+    out = torch.zeros(len(seeds), max(num_steps), num_slots)
+    for n, (seed, first, count) in enumerate(zip(seeds, firsts, num_steps, strict=True)):
+        begin, blocks = first // BLOCK * BLOCK, []
+        for block in range(begin, first + count, BLOCK):
+            generator = torch.Generator().manual_seed(mix_seed(seed, block))
+            blocks.append(torch.rand(BLOCK, num_slots, generator=generator))
+        if blocks:
+            out[n, :count] = torch.cat(blocks)[first - begin :][:count]
+    return out
+
+
+def mix_seed(seed: int, salt: int | str) -> int:
+    """Another seed: 63 bits of a hash, the same on every machine."""
     digest = hashlib.sha256(f"{seed}/{salt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _uniform(seeds: list[int], row_steps: list[int], num_slots: int) -> Tensor:
-    """[B,steps,S] numbers in [0, 1); row n's come from its seed alone."""
-    out = torch.zeros(len(seeds), max(row_steps), num_slots)
-    for n, (seed, steps) in enumerate(zip(seeds, row_steps, strict=True)):
-        generator = torch.Generator().manual_seed(seed)
-        out[n, :steps] = torch.rand(steps, num_slots, generator=generator)
-    return out
+def _steps_per_frame(stage: Stage) -> int:
+    return stage.layout.num_codebooks if stage.layout.pattern == "flatten" else 1
 
 
 def _whole_steps(stage: Stage, prompt: Tensor) -> int:
     """Places whose every slot the prompt [K,P] fixes."""
-    per_frame = stage.layout.num_codebooks if stage.layout.pattern == "flatten" else 1
-    return prompt.shape[1] * per_frame
+    return prompt.shape[1] * _steps_per_frame(stage)
 
 
 def _pad_left(

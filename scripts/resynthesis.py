@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from data.audio import Recording, audio_seconds, read_audio, resample, save_audio
+from model.pipeline import Models, decode_stream, generate_codes, resynthesis
 from model.sampling import Sampling
 from scripts.encoding import cut_batches
-from scripts.sample import Models, check_collapsed, encode_prompt, resynthesize_clips
+from scripts.sample import check_collapsed, encode_prompt
 from scripts.speech_metrics import SAMPLE_RATE
 
 VERSIONS = ("original", "reconstruction", "resynthesis")
@@ -63,7 +64,8 @@ class Resynthesis:
             prompts = [prompt for _, prompt in found]
             started = time.perf_counter()
             try:
-                made = resynthesize_clips(self.models, prompts, seeds, self.samplings)
+                request = resynthesis(self.models, prompts, seeds)
+                *_, made = generate_codes(self.models, request, self.samplings)
             except torch.OutOfMemoryError:
                 raise ValueError(
                     "--batch-seconds: too much for this GPU's memory; pass less"
@@ -77,9 +79,10 @@ class Resynthesis:
     ) -> dict[str, np.ndarray]:
         """Both codes [K, T] decoded, beside the original; kept as files where asked for."""
         codec, wavs = self.models.codec, {"original": read_audio(recording.path)}
-        for version, tokens in zip(VERSIONS[1:], (true_codes, codes), strict=True):
-            wav = codec.decode(tokens[None].to(self.models.device))[0].cpu()  # [1, L]
-            wavs[version] = wav, codec.sample_rate
+        again = codec.decode(true_codes[None].to(self.models.device))[0]  # [1, L]
+        made = torch.cat([fresh for (fresh,) in decode_stream(self.models, [[codes]])], dim=1)
+        for version, wav in zip(VERSIONS[1:], (again, made), strict=True):
+            wavs[version] = wav.cpu(), codec.sample_rate
         clip = {key: getattr(recording, key) for key in ("name", "speaker", "text")}
         clip |= {"seed": seed, "seconds": {v: w.shape[1] / rate for v, (w, rate) in wavs.items()}}
         self.clips.append(clip)

@@ -1,6 +1,7 @@
 """The sample command's options: what they are, and which requests cannot be."""
 
 import math
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,9 @@ EXAMPLES = """\
       --prompt x.wav --prompt-seconds 3 --seconds 10 --num 4 --out out.wav
   python -m scripts.sample --coarse runs/b --fine runs/c --resynthesize x.wav --out out.wav
   python -m scripts.sample --semantic runs/a --acoustic runs/d --top-k 100 \\
-      --temperature semantic=0.8 acoustic=1 --out out.wav"""
+      --temperature semantic=0.8 acoustic=1 --out out.wav
+  python -m scripts.sample --semantic runs/a --acoustic runs/d --seconds 60 --out out.wav \\
+      --stream | ffplay -nodisp -autoexit -"""
 
 # AudioLM's temperatures (Borsos et al. 2023, section IV); the acoustic stage takes coarse's
 DEFAULT_TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6, "acoustic": 0.8}
@@ -31,6 +34,9 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
     parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
+    parser.add_argument(
+        "--stream", action="store_true", help="and send it, as it is made, to standard output"
+    )
     parser.add_argument(
         "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."
     )
@@ -69,6 +75,11 @@ def check_request(arguments: Namespace) -> None:
             raise ValueError("--prompt-seconds needs --prompt or --resynthesize")
         if not 0 < arguments.prompt_seconds < math.inf:
             raise ValueError("--prompt-seconds must be a positive number")
+    if arguments.stream and (arguments.num > 1 or sys.stdout.isatty()):
+        raise ValueError(
+            "--stream sends one clip's sound to standard output: leave out --num, and end the "
+            "command with | ffplay -nodisp -autoexit -"
+        )
     if out.suffix != ".wav":
         raise ValueError(f"--out {out}: wav is what is written; name it {out.with_suffix('.wav')}")
     if source and Path(source).exists():

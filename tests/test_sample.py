@@ -151,10 +151,32 @@ def test_impossible_requests_are_errors(world, tmp_path, words, stages, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_prompt_longer_than_the_context_is_an_error(world, tmp_path):
+def test_of_a_prompt_longer_than_the_context_the_last_part_is_taken(world, tmp_path, capsys):
     save_wav(tmp_path / "x.wav", 1.4)
-    with pytest.raises(ValueError, match=r"1\.4 s, but .* on 1 s at a time.*--prompt-seconds"):
+    words = ("--prompt", tmp_path / "x.wav", "--seconds", 0.4)
+    (file,) = run(world, tmp_path / "y.wav", *words)
+    said = "1.4 s are more than the stages can continue, which were trained on 1 s at a time: its "
+    assert f"{said}last 0.5 s are the prompt" in capsys.readouterr().out
+    record = json.loads((tmp_path / "y.json").read_text())
+    assert record["prompt"]["seconds"] == 0.5
+    clip, again = read(file), read(tmp_path / record["reconstruction"])
+    assert 0.5 * RATE <= len(clip) <= 0.9 * RATE
+    middle = slice(int(0.2 * RATE), int(0.4 * RATE))  # the codec has forgotten how it began
+    there = again[int(0.9 * RATE) :][middle]
+    assert abs(clip[middle] - there).max() < 0.1 * abs(there).max()
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [(torch.zeros(8000), "silent"), (torch.full((8000,), float("nan")), "NaN")],
+)
+def test_a_prompt_without_sound_is_an_error(samples, message, world, tmp_path):
+    soundfile.write(tmp_path / "x.wav", samples.numpy(), RATE, subtype="FLOAT")
+    with pytest.raises(ValueError, match=rf"x\.wav: .*{message}"):
         run(world, tmp_path / "y.wav", "--prompt", tmp_path / "x.wav")
+
+
+def test_a_prompt_shorter_than_a_frame_is_an_error(world, tmp_path):
     save_wav(tmp_path / "short.wav", 0.01)
     with pytest.raises(ValueError, match=r"short\.wav: what is left .* is shorter than one frame"):
         run(world, tmp_path / "y.wav", "--prompt", tmp_path / "short.wav")

@@ -5,7 +5,7 @@ import torch
 
 from configs.schema import ModelConfig
 from model.backends import AttentionChoice
-from model.sampling import Sampling, draw, filter_logits, generate, generate_windows
+from model.sampling import Sampling, draw, extend, filter_logits, generate
 from model.stages import STAGES, Stage, stage_spec
 
 GREEDY = Sampling(temperature=0)
@@ -62,13 +62,13 @@ def test_what_is_sampled_is_what_training_would_predict(name, semantic_rate):
     class is the code that was sampled. Ids, positions and marks are the same on both roads."""
     stage = build(name, semantic_rate=semantic_rate)
     layout, (conditions, prompts, limits) = stage.layout, ragged(stage)
-    starts = [True, False, True]
-    clips = generate(stage, conditions, prompts, limits, [1, 2, 3], GREEDY, starts)
+    begins = [0, 7, 0]
+    clips = generate(stage, conditions, prompts, limits, [1, 2, 3], GREEDY, begins)
     num_compared = 0
-    for condition, prompt, clip, start, limit in zip(
-        conditions, prompts, clips, starts, limits, strict=True
+    for condition, prompt, clip, begin, limit in zip(
+        conditions, prompts, clips, begins, limits, strict=True
     ):
-        ids, targets = layout.encode(condition, clip, start, clip.shape[1] < limit)
+        ids, targets = layout.encode(condition, clip, begin == 0, clip.shape[1] < limit)
         batch = layout.collate([(ids, targets)])
         hidden = stage.hidden(batch.ids, batch.positions)[0]
         step = torch.arange(len(ids)) - layout.positions(ids).tolist().index(0)
@@ -131,15 +131,13 @@ def test_windows_cover_what_is_asked_and_keep_the_prompt(name):
         asked.append((a, b))
         return semantic[:, a:b]
 
-    codes = generate_windows(
-        stage, condition_of, [prompt], [30], [3], GREEDY, window=12, overlap=4
-    )[0]
-    assert asked == [(0, 12), (8, 20), (16, 28), (24, 30)]
+    codes = extend(stage, condition_of, [prompt], [30], [3], GREEDY, window=12, overlap=4)[0]
+    assert asked == [(0, 12), (8, 20), (16, 28), (18, 30)]
     assert codes.shape == (K, 30)
     assert torch.equal(codes[:, :3], prompt)
     first = generate(stage, [semantic[:, :12]], [prompt], [12], [3], GREEDY)[0]
     assert torch.equal(codes[:, :12], first)
-    second = generate(stage, [semantic[:, 8:20]], [codes[:, 8:12]], [12], [3], GREEDY, [False])[0]
+    second = generate(stage, [semantic[:, 8:20]], [codes[:, 8:12]], [12], [3], GREEDY, [8])[0]
     assert torch.equal(codes[:, 8:20], second)
     assert (second[:, 4:] != second[:, 4:5]).any()  # something that windows could get wrong
 
@@ -159,7 +157,7 @@ def test_delayed_windows_end_where_each_clip_ends():
         prompts = [torch.full((8, 2), 5)] * len(rows)
         most, own_seeds = [limits[n] for n in rows], [seeds[n] for n in rows]
         arguments = (stage, condition_of, prompts, most, own_seeds, sampling)
-        return generate_windows(*arguments, window=12, overlap=3, **options)
+        return extend(*arguments, window=12, overlap=3, **options)
 
     together = windows([0, 1, 2], min_frames=limits)
     assert [clip.shape for clip in together] == [(8, n) for n in limits]

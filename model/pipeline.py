@@ -1,0 +1,311 @@
+"""All stages in a row: semantic -> coarse -> fine (or acoustic) -> codec, chunk by chunk of time.
+
+A chunk passes through every stage before the next one begins. So a clip of minutes takes the
+memory of one context, what is finished can be heard while the rest is made, and streaming is no
+other road: the same chunks give the same samples, listened to or not.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.codec import Codec
+from model.codec_stream import CodecStream
+from model.sampling import Sampling, extend, mix_seed
+from model.semantic import SemanticTokenizer
+from model.stages import Stage
+
+SLACK = 2  # frames: where tokens are aligned in time, a clip ends where its semantic tokens do
+OVERLAP = 0.25  # of a window, repeated from the one before, where a clip outgrows the context
+AHEAD = 0.1  # of a window: what the acoustic stages may read of the semantic tokens to come
+
+OnAudio = Callable[[str, float], None]  # stage, seconds of audio that it has just made
+
+
+@dataclass
+class Models:
+    """The stages that were given, their checkpoints' states, and the tokenizers they share.
+
+    semantic_rate: semantic tokens per codec frame.
+    """
+
+    stages: dict[str, Stage]
+    states: dict[str, dict]
+    codec: Codec
+    semantic: SemanticTokenizer | None  # only where a recording has to be encoded
+    semantic_rate: Fraction
+    device: torch.device
+
+    @property
+    def any_state(self) -> dict:
+        return next(iter(self.states.values()))
+
+    @property
+    def collapsed(self) -> bool:
+        """Semantic tokens have lost their repeats, and with them their time."""
+        return self.any_state["collapse_semantic"]
+
+    @property
+    def first_acoustic(self) -> str:
+        """The stage that reads semantic tokens."""
+        return "acoustic" if "acoustic" in self.stages else "coarse"
+
+    @property
+    def context_seconds(self) -> float:
+        """What every stage was trained on at a time."""
+        return min(state["crop_seconds"] for state in self.states.values())
+
+    def rate(self, name: str) -> Fraction | float:
+        """Tokens of a stage's codebook per second."""
+        return self.codec.frame_rate * (self.semantic_rate if name == "semantic" else 1)
+
+    def window(self, name: str) -> int:
+        """Frames that a stage was trained on at a time."""
+        return max(2, round(self.states[name]["crop_seconds"] * self.rate(name)))
+
+    def read(self, semantic: Tensor) -> Tensor:
+        """Semantic tokens [T_s] as the stages read them."""
+        return torch.unique_consecutive(semantic) if self.collapsed else semantic
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A recording as tokens: semantic [T_s], codes [K,T]."""
+
+    semantic: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make of N clips, at the models' frame rate.
+
+    semantics [T_s]: the tokens a clip begins with, or all of them, if `num_semantic` is None;
+    otherwise those it may have at most. codes [K,T]: those it begins with; `num_frames`: how many
+    it may have.
+    """
+
+    semantics: list[Tensor]
+    num_semantic: list[int] | None
+    codes: list[Tensor]
+    num_frames: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Seconds of audio that are made at a time: first, and then. `ahead`: those of semantic tokens
+    that the acoustic stages read beyond the end of a chunk, as in the midst of a training crop."""
+
+    first: float
+    then: float
+    ahead: float
+
+
+STREAM = Chunks(first=0.4, then=0.8, ahead=0.4)
+
+
+def continuation(
+    models: Models, prompt: Prompt | None, seconds: float, seeds: list[int]
+) -> Request:
+    """At most `seconds` of new audio after a prompt, or from nothing."""
+    N, frame_rate = len(seeds), models.codec.frame_rate
+    nothing = torch.empty(0, dtype=torch.long), torch.empty(0, 0, dtype=torch.long)
+    semantic, codes = (prompt.semantic, prompt.codes) if prompt else nothing
+    if not prompt:
+        codes = codes.reshape(models.codec.num_codebooks, 0)  # [K,0]
+    semantic = models.read(semantic)
+    most = semantic.shape[0] + whole(seconds * frame_rate * float(models.semantic_rate))
+    limit = codes.shape[1] + whole(seconds * frame_rate)
+    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds)
+
+
+def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Request:
+    """New audio for each recording's semantic tokens, no longer than it is."""
+    nothing = torch.empty(models.codec.num_codebooks, 0, dtype=torch.long)  # [K,0]
+    limits = [prompt.codes.shape[1] for prompt in prompts]
+    semantics = [models.read(prompt.semantic) for prompt in prompts]
+    return Request(semantics, None, [nothing] * len(prompts), limits, seeds)
+
+
+def usual_chunks(models: Models, request: Request) -> Chunks:
+    """One chunk for what fits the context of every stage, else as much at a time as fits."""
+    seconds = max(request.num_frames) / models.codec.frame_rate
+    context = models.states[models.first_acoustic]["crop_seconds"]
+    if seconds <= context or models.collapsed:
+        return Chunks(math.inf, math.inf, 0.0)
+    there = request.codes[0].shape[1] / models.codec.frame_rate
+    step = (1 - OVERLAP - AHEAD) * context
+    return Chunks(max(step, (1 - AHEAD) * context - there), step, AHEAD * context)
+
+
+@torch.no_grad()
+def generate_codes(
+    models: Models,
+    request: Request,
+    samplings: dict[str, Sampling],
+    chunks: Chunks | None = None,
+    on_audio: OnAudio | None = None,
+) -> Iterator[list[Tensor]]:
+    """After each chunk the codes [K,T_n] of all clips so far, those they began with included.
+
+    A clip depends on its own seed, and on the chunks; not on what else is in its batch.
+    """
+    chunks = chunks or usual_chunks(models, request)
+    clips = _Clips(models, request, samplings, on_audio or (lambda *_: None), chunks.ahead)
+    assert len({clip.shape[1] for clip in request.codes}) == 1
+    last = max(request.num_frames)
+    end, step = clips.codes[0].shape[1], chunks.first
+    while not clips.finished:
+        end = last if math.isinf(step) else min(last, end + max(1, clips.frames(step)))
+        step = chunks.then
+        clips.extend_semantics(end, end == last)
+        clips.extend_codes(end)
+        yield list(clips.codes)
+
+
+@torch.no_grad()
+def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Codes [K,T_n] so far, again and again -> each time the new samples [1,L] of every clip.
+
+    Of a causal codec chunk by chunk, of another one all at the end: the same samples as decoding
+    each clip at once.
+    """
+    codec, streams, decoded, codes = models.codec, None, None, []
+    for codes in chunks:
+        if not codec.config.causal:
+            continue
+        streams = streams or [CodecStream(codec) for _ in codes]
+        decoded = decoded or [0] * len(codes)
+        fresh = [clip[:, n:].to(models.device) for clip, n in zip(codes, decoded, strict=True)]
+        decoded = [clip.shape[1] for clip in codes]
+        yield [  # [1,K,t] -> [1,1,L] -> [1,L]
+            stream.push(clip[None])[0] if clip.shape[1] else torch.empty(1, 0)
+            for stream, clip in zip(streams, fresh, strict=True)
+        ]
+    if streams is None:
+        yield [codec.decode(clip[None].to(models.device))[0] for clip in codes]
+        return
+    rests = [stream.finish() for stream in streams]
+    if any(rest is not None for rest in rests):
+        yield [torch.empty(1, 0) if rest is None else rest[0] for rest in rests]
+
+
+def whole(frames: float) -> int:
+    """Rounded up, but for what floats add: 0.56 s are 28 frames of 20 ms, not 29."""
+    return math.ceil(round(frames, 6))
+
+
+class _Clips:
+    """The clips of a request while they grow: semantics [T_s], codes [K,T], which of them have all
+    their semantic tokens, and the frames they may have, fewer once an end is found."""
+
+    def __init__(
+        self,
+        models: Models,
+        request: Request,
+        samplings: dict[str, Sampling],
+        on_audio: OnAudio,
+        ahead: float,
+    ):
+        self.models, self.request, self.samplings = models, request, samplings
+        self.on_audio, self.ahead = on_audio, self.frames(ahead)
+        self.semantics, self.codes = list(request.semantics), list(request.codes)
+        self.limits, self.ended = list(request.num_frames), [False] * len(request.seeds)
+
+    def frames(self, seconds: float) -> int:
+        """Of the codec."""
+        return whole(seconds * self.models.codec.frame_rate)
+
+    @property
+    def finished(self) -> bool:
+        pairs = zip(self.codes, self.limits, strict=True)
+        return all(clip.shape[1] >= limit for clip, limit in pairs)
+
+    def extend_semantics(self, end: int, is_last: bool) -> None:
+        """To what the acoustic stages need for frames up to `end`."""
+        most, ratio = self.request.num_semantic, self.models.semantic_rate
+        if most is not None:
+            needed = math.ceil((end + self.ahead) * ratio)
+            wanted = [
+                len(tokens) if ended else limit if is_last else min(limit, needed)
+                for tokens, limit, ended in zip(self.semantics, most, self.ended, strict=True)
+            ]
+            given = [tokens[None] for tokens in self.semantics]  # [1,T_s]
+            made = self._extend("semantic", lambda *_: None, given, wanted)
+            for n, tokens in enumerate(made):
+                self.ended[n] |= tokens.shape[1] < wanted[n] or wanted[n] == most[n]
+                # nothing keeps the model from drawing a token twice
+                self.semantics[n] = self.models.read(tokens[0])
+        else:
+            self.ended = [True] * len(self.ended)
+        if self.models.collapsed:
+            return
+        for n in (n for n, ended in enumerate(self.ended) if ended):
+            frames = math.ceil(len(self.semantics[n]) / ratio)
+            begun = self.request.codes[n].shape[1]
+            self.limits[n] = min(self.limits[n], max(begun + 1, frames))
+
+    def extend_codes(self, end: int) -> None:
+        """Every clip to frame `end`, or to its own end."""
+        name = self.models.first_acoustic
+        wanted = [min(end, limit) for limit in self.limits]
+        slack = max(SLACK, math.ceil(1 / self.models.semantic_rate))
+        least = [
+            1 if self.models.collapsed else n - slack * (ended and n == limit)
+            for n, limit, ended in zip(wanted, self.limits, self.ended, strict=True)
+        ]
+        first = self._extend(name, self._semantic_of, self._given(name), wanted, least, self.ahead)
+        for n, clip in enumerate(first):
+            if clip.shape[1] < wanted[n]:
+                self.limits[n] = clip.shape[1]
+        if name == "acoustic":
+            self.codes = first
+            return
+        lengths = [clip.shape[1] for clip in first]  # fine completes these frames: no more or fewer
+        fine = self._extend(
+            "fine", lambda row, a, b: first[row][:, a:b], self._given("fine"), lengths, lengths
+        )
+        self.codes = [torch.cat(pair) for pair in zip(first, fine, strict=True)]
+
+    def _semantic_of(self, row: int, a: int, b: int) -> Tensor:
+        """The semantic tokens of codec frames [a, b), and those just ahead: [1,T_s]."""
+        tokens, ratio = self.semantics[row], self.models.semantic_rate
+        if self.models.collapsed:
+            return tokens[None]
+        if self.ended[row] and b >= self.limits[row]:
+            return tokens[None, int(a * ratio) :]
+        return tokens[None, int(a * ratio) : math.ceil((b + self.ahead) * ratio)]
+
+    def _given(self, name: str) -> list[Tensor]:
+        """What there is of a stage's own codebooks."""
+        return [clip[slice(*self.models.stages[name].spec.codebooks)] for clip in self.codes]
+
+    def _extend(
+        self,
+        name: str,
+        condition_of: Callable[[int, int, int], Tensor | None],
+        given: list[Tensor],
+        wanted: list[int],
+        least: list[int] | None = None,
+        ahead: int = 0,
+    ) -> list[Tensor]:
+        """One stage for all clips. EOS ends a clip, but not before it has its `least` frames."""
+        rate, window = self.models.rate(name), self.models.window(name)
+        room = max(2, window - ahead)
+        seeds = [mix_seed(seed, name) for seed in self.request.seeds]
+        heard = partial(_heard, self.on_audio, name, float(rate))
+        overlap = min(int(OVERLAP * window), room - 1)
+        arguments: tuple[Any, ...] = (given, wanted, seeds, self.samplings[name], room, overlap)
+        return extend(self.models.stages[name], condition_of, *arguments, least, heard)
+
+
+def _heard(on_audio: OnAudio, name: str, rate: float, num_clips: int) -> None:
+    """`extend` counts clips that have grown by a frame, listeners seconds."""
+    on_audio(name, num_clips / rate)

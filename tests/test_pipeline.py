@@ -1,0 +1,223 @@
+"""Chunks: whatever is made at a time, a clip goes through the same stages to the same sound."""
+
+import io
+import json
+import math
+import signal
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from world import RATE, make_world, save_wav
+
+from data.audio import WavStream
+from model import pipeline
+from model.pipeline import (
+    STREAM,
+    Chunks,
+    decode_stream,
+    generate_codes,
+    usual_chunks,
+)
+from scripts import sample as module
+from scripts.sample_options import check_request, read_samplings, sample_parser
+
+THREE, TWO = ("semantic", "coarse", "fine"), ("semantic", "acoustic")
+WHOLE = Chunks(math.inf, math.inf, 0.0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def clips_are_long(monkeypatch):
+    """Stages of two steps draw all classes alike; so that EOS is not soon among them, the semantic
+    one's choices are made decided (see `parse`) and its EOS is not among the best."""
+    load = module.load_models
+
+    def loaded(*arguments):
+        models = load(*arguments)
+        stage = models.stages.get("semantic")
+        if stage:
+            stage.heads[0].weight.data[stage.layout.eos] = 0
+        return models
+
+    monkeypatch.setattr(module, "load_models", loaded)
+
+
+def parse(world, out, *words, stages=THREE):
+    flags = [word for name in stages for word in (f"--{name}", world / name)]
+    words = (*flags, "--temperature", "semantic=0.02", *words, "--out", out)
+    return sample_parser().parse_args([*map(str, words)])
+
+
+def prepare(world, *words, stages=THREE):
+    arguments = parse(world, "y.wav", *words, stages=stages)
+    models = module.load_models(arguments, torch.device("cpu"))
+    return models, module.make_request(arguments, models)[0], read_samplings(arguments)
+
+
+@pytest.mark.parametrize("stages", [THREE, TWO], ids=["fine", "acoustic"])
+@pytest.mark.parametrize("chunks", [STREAM, Chunks(0.1, 0.3, 0.0), None])
+def test_what_is_streamed_is_what_is_decoded_in_the_end(stages, chunks, world):
+    """Four clips of their own lengths: each chunk adds to the codes before, and the chunks' sound
+    is that of all codes at once, sample for sample."""
+    words = ("--seconds", 2.4, "--num", 4, "--temperature", "semantic=0.05")
+    models, request, samplings = prepare(world, *words, stages=stages)
+    seen = []
+
+    def listened():
+        for codes in generate_codes(models, request, samplings, chunks):
+            seen.append(codes)
+            yield codes
+
+    parts = list(decode_stream(models, listened()))
+    for before, after in pairwise(seen):
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(b[:, : a.shape[1]], a)
+    assert len(seen) > 2
+    assert len({clip.shape[1] for clip in seen[-1]}) > 1
+    for n, clip in enumerate(seen[-1]):
+        streamed = torch.cat([part[n] for part in parts], dim=1)
+        at_once = models.codec.decode(clip[None])[0]
+        torch.testing.assert_close(streamed, at_once, atol=1e-5, rtol=0)
+        assert clip.shape[1] * models.codec.hop_length == streamed.shape[1]
+
+
+def test_the_first_sound_comes_before_the_last_tokens(world):
+    models, request, samplings = prepare(world, "--seconds", 2, "--seed", 3)
+    events = []
+    made = generate_codes(models, request, samplings, STREAM, lambda name, _: events.append(name))
+    for _ in decode_stream(models, made):
+        events.append("sound")
+    first = events.index("sound")
+    assert set(events[:first]) == set(THREE)
+    assert events[:first].count("semantic") == 40  # 0.4 s, and 0.4 s that coarse hears ahead
+    assert events[:first].count("fine") == 20
+    assert "semantic" in events[first:]
+
+
+@torch.no_grad()
+def test_semantic_tokens_do_not_depend_on_the_chunks(world, monkeypatch):
+    """Within one context: the same numbers are drawn at the same steps."""
+    models, request, samplings = prepare(world, "--seconds", 0.9, "--num", 2)
+    found = []
+    extend_codes = pipeline._Clips.extend_codes
+
+    def noted(clips, end):
+        found[-1] = [list(tokens) for tokens in clips.semantics]
+        extend_codes(clips, end)
+
+    monkeypatch.setattr(pipeline._Clips, "extend_codes", noted)
+    for chunks in (WHOLE, Chunks(0.1, 0.2, 0.1), Chunks(0.3, 0.3, 0.0)):
+        found.append(None)
+        list(generate_codes(models, request, samplings, chunks))
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_long_clip_takes_the_memory_of_one_context(world, monkeypatch):
+    """12 contexts; no stage is shown more at a time than it was trained on."""
+    longest = {}
+    hidden = pipeline.Stage.hidden
+
+    def watched(stage, ids, positions, mask=None, kv_cache=None, segments=None):
+        places = kv_cache.max_length
+        longest[stage.spec.name] = max(places, longest.get(stage.spec.name, 0))
+        return hidden(stage, ids, positions, mask, kv_cache, segments)
+
+    monkeypatch.setattr(pipeline.Stage, "hidden", watched)
+    models, request, samplings = prepare(world, "--seconds", 12)
+    for stage in models.stages.values():  # EOS is never drawn
+        stage.heads[0].weight.data[stage.layout.eos] = 0
+        samplings[stage.spec.name] = type(samplings["fine"])(temperature=0)
+    *_, codes = generate_codes(models, request, samplings)
+    assert codes[0].shape == (4, 600)
+    assert longest == {"semantic": 51, "coarse": 51 + 90, "fine": 101 + 100}
+
+
+def test_usual_chunks_are_one_for_what_fits(world):
+    models, request, _ = prepare(world, "--seconds", 1)
+    assert usual_chunks(models, request) == WHOLE
+    models, request, _ = prepare(world, "--seconds", 1.1)
+    assert usual_chunks(models, request) == Chunks(0.9, 0.65, 0.1)
+
+
+def test_a_clip_does_not_depend_on_its_batch_or_its_chunks_company(world):
+    models, together, samplings = prepare(world, "--seconds", 1.6, "--num", 4)
+    *_, codes = generate_codes(models, together, samplings, STREAM)
+    for n in (3, 1):
+        models, alone, samplings = prepare(world, "--seconds", 1.6, "--seed", n)
+        *_, own = generate_codes(models, alone, samplings, STREAM)
+        assert torch.equal(own[0], codes[n])
+
+
+def test_ctrl_c_leaves_what_is_finished(world, tmp_path, monkeypatch, capsys):
+    """A signal in the third chunk: the first two are written, and the record says so."""
+    generate = module.generate_codes
+
+    def interrupted(*arguments):
+        for n, codes in enumerate(generate(*arguments)):
+            if n == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield codes
+
+    monkeypatch.setattr(module, "generate_codes", interrupted)
+    (file,) = module.sample(parse(world, tmp_path / "y.wav", "--seconds", 3, "--seed", 3))
+    record = json.loads((tmp_path / "y.json").read_text())
+    assert record["complete"] is False
+    assert soundfile.info(file).duration == record["seconds"][0] == 0.9 + 0.66
+    assert "1.56 s, as far as it was finished" in capsys.readouterr().out
+    monkeypatch.setattr(module, "generate_codes", lambda *_: iter(interrupted_at_once, None))
+    with pytest.raises(ValueError, match="nothing is written"):
+        module.sample(parse(world, tmp_path / "z.wav"))
+    assert not (tmp_path / "z.wav").exists()
+
+
+def interrupted_at_once():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_streamed_command_sends_the_sound_that_it_writes(world, tmp_path, monkeypatch, capfd):
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "__stdout__", type("Pipe", (), {"buffer": pipe}))
+    words = ("--seconds", 1.5, "--seed", 3, "--stream")
+    (file,) = module.sample(parse(world, tmp_path / "y.wav", *words))
+    written, _ = soundfile.read(file, dtype="int16")
+    assert pipe.getvalue()[:4] == b"RIFF"
+    sent = np.frombuffer(pipe.getvalue()[44:], "<i2")
+    assert len(sent) == len(written) > RATE
+    assert abs(sent.astype(int) - written).max() <= 1
+    out, err = capfd.readouterr()
+    assert out == ""  # nothing but sound
+    assert "first sound after" in err
+    with pytest.raises(ValueError, match="ffplay"):
+        check_request(parse(world, tmp_path / "y.wav", "--stream", "--num", 2))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    with pytest.raises(ValueError, match="ffplay"):
+        check_request(parse(world, tmp_path / "y.wav", "--stream"))
+
+
+def test_a_pipe_that_nobody_reads_stops_nothing():
+    class Closed(io.BytesIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    stream = WavStream(Closed(), RATE)
+    stream.write(torch.zeros(1, 10))
+    whole = io.BytesIO()
+    WavStream(whole, RATE).write(torch.tensor([[0.0, 1.0, -2.0]]))
+    assert np.frombuffer(whole.getvalue()[44:], "<i2").tolist() == [0, 32767, -32767]
+
+
+def test_a_prompt_is_continued_by_chunks(world, tmp_path):
+    wav = save_wav(tmp_path / "x.wav", 0.5)
+    models, request, samplings = prepare(world, "--prompt", wav, "--seconds", 2)
+    first, *_, last = generate_codes(models, request, samplings, STREAM)
+    assert torch.equal(first[0][:, :25], request.codes[0])
+    assert 25 < first[0].shape[1] <= 45
+    assert torch.equal(last[0][:, : first[0].shape[1]], first[0])
