@@ -134,13 +134,14 @@ def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Requ
     return Request(semantics, None, [nothing] * len(prompts), limits, seeds)
 
 
-def usual_chunks(models: Models, request: Request) -> Chunks:
-    """One chunk for what fits the context of every stage, else as much at a time as fits."""
-    seconds = max(request.num_frames) / models.codec.frame_rate
+def usual_chunks(models: Models, num_given: int, num_frames: int) -> Chunks:
+    """For a clip that begins with num_given frames: one chunk if num_frames fit the context of the
+    stage that reads semantic tokens, else as much at a time as fits."""
+    frame_rate = models.codec.frame_rate
     context = models.states[models.first_acoustic]["crop_seconds"]
-    if seconds <= context or models.collapsed:
+    if num_frames / frame_rate <= context or models.collapsed:
         return Chunks(math.inf, math.inf, 0.0)
-    there = request.codes[0].shape[1] / models.codec.frame_rate
+    there = num_given / frame_rate
     step = (1 - OVERLAP - AHEAD) * context
     return Chunks(max(step, (1 - AHEAD) * context - there), step, AHEAD * context)
 
@@ -155,18 +156,18 @@ def generate_codes(
 ) -> Iterator[list[Tensor]]:
     """After each chunk the codes [K,T_n] of all clips so far, those they began with included.
 
-    A clip depends on its own seed, and on the chunks; not on what else is in its batch.
+    chunks: of every clip; None: each clip's own `usual_chunks`. A clip depends on its seed and its
+    chunks; not on what else is in its batch.
     """
-    chunks = chunks or usual_chunks(models, request)
-    clips = _Clips(models, request, samplings, on_audio or (lambda *_: None), chunks.ahead)
-    assert len({clip.shape[1] for clip in request.codes}) == 1
-    last = max(request.num_frames)
-    end, step = clips.codes[0].shape[1], chunks.first
+    sizes = [
+        chunks or usual_chunks(models, clip.shape[1], most)
+        for clip, most in zip(request.codes, request.num_frames, strict=True)
+    ]
+    clips = _Clips(models, request, samplings, on_audio or (lambda *_: None), sizes)
     while not clips.finished:
-        end = last if math.isinf(step) else min(last, end + max(1, clips.frames(step)))
-        step = chunks.then
-        clips.extend_semantics(end, end == last)
-        clips.extend_codes(end)
+        clips.next_chunk()
+        clips.extend_semantics()
+        clips.extend_codes()
         yield list(clips.codes)
 
 
@@ -204,7 +205,8 @@ def whole(frames: float) -> int:
 
 class _Clips:
     """The clips of a request while they grow: semantics [T_s], codes [K,T], which of them have all
-    their semantic tokens, and the frames they may have, fewer once an end is found."""
+    their semantic tokens, the frames they may have, fewer once an end is found, and the frame that
+    the current chunk of each ends with."""
 
     def __init__(
         self,
@@ -212,10 +214,12 @@ class _Clips:
         request: Request,
         samplings: dict[str, Sampling],
         on_audio: OnAudio,
-        ahead: float,
+        chunks: list[Chunks],
     ):
         self.models, self.request, self.samplings = models, request, samplings
-        self.on_audio, self.ahead = on_audio, self.frames(ahead)
+        self.on_audio, self.chunks, self.num_chunks = on_audio, chunks, 0
+        self.ahead = [self.frames(size.ahead) for size in chunks]
+        self.ends = [clip.shape[1] for clip in request.codes]
         self.semantics, self.codes = list(request.semantics), list(request.codes)
         self.limits, self.ended = list(request.num_frames), [False] * len(request.seeds)
 
@@ -228,15 +232,27 @@ class _Clips:
         pairs = zip(self.codes, self.limits, strict=True)
         return all(clip.shape[1] >= limit for clip, limit in pairs)
 
-    def extend_semantics(self, end: int, is_last: bool) -> None:
-        """To what the acoustic stages need for frames up to `end`."""
+    def next_chunk(self) -> None:
+        for n, (size, most) in enumerate(zip(self.chunks, self.request.num_frames, strict=True)):
+            seconds = size.then if self.num_chunks else size.first
+            step = most if math.isinf(seconds) else max(1, self.frames(seconds))
+            self.ends[n] = min(most, self.ends[n] + step)
+        self.num_chunks += 1
+
+    def _num_semantic(self, n: int) -> int:
+        """Tokens that the acoustic stages need for the chunk of clip n."""
+        if self.ended[n]:
+            return len(self.semantics[n])
+        most = self.request.num_semantic[n]
+        if self.ends[n] == self.request.num_frames[n]:
+            return most
+        return min(most, math.ceil((self.ends[n] + self.ahead[n]) * self.models.semantic_rate))
+
+    def extend_semantics(self) -> None:
+        """To what the acoustic stages need for this chunk."""
         most, ratio = self.request.num_semantic, self.models.semantic_rate
         if most is not None:
-            needed = math.ceil((end + self.ahead) * ratio)
-            wanted = [
-                len(tokens) if ended else limit if is_last else min(limit, needed)
-                for tokens, limit, ended in zip(self.semantics, most, self.ended, strict=True)
-            ]
+            wanted = [self._num_semantic(n) for n in range(len(self.ends))]
             given = [tokens[None] for tokens in self.semantics]  # [1,T_s]
             made = self._extend("semantic", lambda *_: None, given, wanted)
             for n, tokens in enumerate(made):
@@ -252,10 +268,10 @@ class _Clips:
             begun = self.request.codes[n].shape[1]
             self.limits[n] = min(self.limits[n], max(begun + 1, frames))
 
-    def extend_codes(self, end: int) -> None:
-        """Every clip to frame `end`, or to its own end."""
+    def extend_codes(self) -> None:
+        """Every clip to the end of its chunk, or to its own."""
         name = self.models.first_acoustic
-        wanted = [min(end, limit) for limit in self.limits]
+        wanted = [min(pair) for pair in zip(self.ends, self.limits, strict=True)]
         slack = max(SLACK, math.ceil(1 / self.models.semantic_rate))
         least = [
             1 if self.models.collapsed else n - slack * (ended and n == limit)
@@ -281,7 +297,7 @@ class _Clips:
             return tokens[None]
         if self.ended[row] and b >= self.limits[row]:
             return tokens[None, int(a * ratio) :]
-        return tokens[None, int(a * ratio) : math.ceil((b + self.ahead) * ratio)]
+        return tokens[None, int(a * ratio) : math.ceil((b + self.ahead[row]) * ratio)]
 
     def _given(self, name: str) -> list[Tensor]:
         """What there is of a stage's own codebooks."""
@@ -294,15 +310,15 @@ class _Clips:
         given: list[Tensor],
         wanted: list[int],
         least: list[int] | None = None,
-        ahead: int = 0,
+        ahead: list[int] | None = None,
     ) -> list[Tensor]:
         """One stage for all clips. EOS ends a clip, but not before it has its `least` frames."""
         rate, window = self.models.rate(name), self.models.window(name)
-        room = max(2, window - ahead)
+        rooms = [max(2, window - n) for n in ahead or [0] * len(given)]
         seeds = [mix_seed(seed, name) for seed in self.request.seeds]
         heard = partial(_heard, self.on_audio, name, float(rate))
-        overlap = min(int(OVERLAP * window), room - 1)
-        arguments: tuple[Any, ...] = (given, wanted, seeds, self.samplings[name], room, overlap)
+        overlap = min(int(OVERLAP * window), *(room - 1 for room in rooms))
+        arguments: tuple[Any, ...] = (given, wanted, seeds, self.samplings[name], rooms, overlap)
         return extend(self.models.stages[name], condition_of, *arguments, least, heard)
 
 

@@ -209,22 +209,24 @@ def extend(
     num_frames: list[int],
     seeds: list[int],
     sampling: Sampling,
-    window: int,
+    windows: list[int],
     overlap: int,
     min_frames: list[int] | None = None,
     on_frame: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Continue clips [K,T] to `num_frames` each or to EOS, however far beyond the trained context:
-    in windows of at most `window` frames, which see `overlap` or more of what is there.
+    in windows of at most `windows` frames, which see `overlap` or more of what is there.
 
     `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
     """
-    assert 0 <= overlap < window
+    assert 0 <= overlap < min(windows)
     least = min_frames or [1] * len(clips)
     clips, active = list(clips), [n for n, c in enumerate(clips) if c.shape[1] < num_frames[n]]
     while active:
-        begins = [_window_begin(clips[n].shape[1], num_frames[n], window, overlap) for n in active]
-        ends = [min(a + window, num_frames[n]) for n, a in zip(active, begins, strict=True)]
+        begins = [
+            _window_begin(clips[n].shape[1], num_frames[n], windows[n], overlap) for n in active
+        ]
+        ends = [min(a + windows[n], num_frames[n]) for n, a in zip(active, begins, strict=True)]
         made = generate(
             stage,
             [condition_of(n, a, b) for n, a, b in zip(active, begins, ends, strict=True)],

@@ -65,22 +65,24 @@ class Resynthesis:
             started = time.perf_counter()
             try:
                 request = resynthesis(self.models, prompts, seeds)
-                *_, made = generate_codes(self.models, request, self.samplings)
+                codes = generate_codes(self.models, request, self.samplings)
+                parts = zip(*decode_stream(self.models, codes), strict=True)
+                made = [torch.cat(clip, dim=1) for clip in parts]
             except torch.OutOfMemoryError:
                 raise ValueError(
                     "--batch-seconds: too much for this GPU's memory; pass less"
                 ) from None
             self.seconds += time.perf_counter() - started
-            for (recording, prompt), codes, seed in zip(found, made, seeds, strict=True):
-                yield self._finish(recording, prompt.codes, codes, seed), recording.text
+            for (recording, prompt), wav, seed in zip(found, made, seeds, strict=True):
+                yield self._finish(recording, prompt.codes, wav, seed), recording.text
 
     def _finish(
-        self, recording: Recording, true_codes: Tensor, codes: Tensor, seed: int
+        self, recording: Recording, true_codes: Tensor, made: Tensor, seed: int
     ) -> dict[str, np.ndarray]:
-        """Both codes [K, T] decoded, beside the original; kept as files where asked for."""
+        """What was made [1, L], beside the original and its codes [K, T] decoded; kept as files
+        where asked for."""
         codec, wavs = self.models.codec, {"original": read_audio(recording.path)}
         again = codec.decode(true_codes[None].to(self.models.device))[0]  # [1, L]
-        made = torch.cat([fresh for (fresh,) in decode_stream(self.models, [[codes]])], dim=1)
         for version, wav in zip(VERSIONS[1:], (again, made), strict=True):
             wavs[version] = wav.cpu(), codec.sample_rate
         clip = {key: getattr(recording, key) for key in ("name", "speaker", "text")}

@@ -30,7 +30,6 @@ from model.pipeline import (
     decode_stream,
     generate_codes,
     resynthesis,
-    usual_chunks,
 )
 from model.sampling import Sampling
 from model.semantic import load_semantic
@@ -180,9 +179,8 @@ def make_wavs(
 
     ValueError: nothing is. A stream gets the first clip as it is made.
     """
-    chunks = usual_chunks(models, request) if stream is None else STREAM
     parts, bar, complete, first = [], Progress(models, request), True, None
-    made = generate_codes(models, request, samplings, chunks, bar)
+    made = generate_codes(models, request, samplings, None if stream is None else STREAM, bar)
     try:
         for fresh in decode_stream(models, made):
             parts.append([wav.cpu() for wav in fresh])

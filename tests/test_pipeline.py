@@ -109,9 +109,9 @@ def test_semantic_tokens_do_not_depend_on_the_chunks(world, monkeypatch):
     found = []
     extend_codes = pipeline._Clips.extend_codes
 
-    def noted(clips, end):
+    def noted(clips):
         found[-1] = [list(tokens) for tokens in clips.semantics]
-        extend_codes(clips, end)
+        extend_codes(clips)
 
     monkeypatch.setattr(pipeline._Clips, "extend_codes", noted)
     for chunks in (WHOLE, Chunks(0.1, 0.2, 0.1), Chunks(0.3, 0.3, 0.0)):
@@ -141,10 +141,11 @@ def test_a_long_clip_takes_the_memory_of_one_context(world, monkeypatch):
 
 
 def test_usual_chunks_are_one_for_what_fits(world):
-    models, request, _ = prepare(world, "--seconds", 1)
-    assert usual_chunks(models, request) == WHOLE
-    models, request, _ = prepare(world, "--seconds", 1.1)
-    assert usual_chunks(models, request) == Chunks(0.9, 0.65, 0.1)
+    models, *_ = prepare(world)
+    assert usual_chunks(models, 0, 50) == WHOLE
+    assert usual_chunks(models, 0, 51) == Chunks(0.9, 0.65, 0.1)
+    assert usual_chunks(models, 5, 51) == Chunks(0.8, 0.65, 0.1)
+    assert usual_chunks(models, 40, 51) == Chunks(0.65, 0.65, 0.1)
 
 
 def test_a_clip_does_not_depend_on_its_batch_or_its_chunks_company(world):

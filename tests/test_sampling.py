@@ -131,7 +131,7 @@ def test_windows_cover_what_is_asked_and_keep_the_prompt(name):
         asked.append((a, b))
         return semantic[:, a:b]
 
-    codes = extend(stage, condition_of, [prompt], [30], [3], GREEDY, window=12, overlap=4)[0]
+    codes = extend(stage, condition_of, [prompt], [30], [3], GREEDY, windows=[12], overlap=4)[0]
     assert asked == [(0, 12), (8, 20), (16, 28), (18, 30)]
     assert codes.shape == (K, 30)
     assert torch.equal(codes[:, :3], prompt)
@@ -157,7 +157,7 @@ def test_delayed_windows_end_where_each_clip_ends():
         prompts = [torch.full((8, 2), 5)] * len(rows)
         most, own_seeds = [limits[n] for n in rows], [seeds[n] for n in rows]
         arguments = (stage, condition_of, prompts, most, own_seeds, sampling)
-        return extend(*arguments, window=12, overlap=3, **options)
+        return extend(*arguments, windows=[12] * len(rows), overlap=3, **options)
 
     together = windows([0, 1, 2], min_frames=limits)
     assert [clip.shape for clip in together] == [(8, n) for n in limits]
