@@ -42,7 +42,7 @@ class ModelConfig:
 class AttentionConfig:
     """Which kernel computes attention; never what it computes."""
 
-    backend: Literal["auto", "einsum", "math", "efficient", "flash", "cudnn"] = "auto"
+    backend: Literal["auto", "einsum", "math", "efficient", "flash", "cudnn", "triton"] = "auto"
 
 
 @dataclass(frozen=True)

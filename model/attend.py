@@ -131,6 +131,10 @@ class Attend(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
     ) -> Tensor:
         backends = self._backends(q, mask, attn_bias)
+        if backends == ("triton",):
+            from model.attend_triton import attend_triton  # here: not every machine has Triton
+
+            return attend_triton(q, k, v, mask, attn_bias, self.causal)
         if backends == ("cudnn",) and k.shape[2] == 1:  # its kernel takes no single key
             k, v, mask, attn_bias = _with_masked_key(k, v, mask, attn_bias)
         b, h, i, _ = q.shape

@@ -1,11 +1,12 @@
 """Which kernels may compute attention, and whether clips are packed: chosen once, at start-up."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 SDP = ("cudnn", "flash", "efficient", "math")  # PyTorch's
-BACKENDS = ("auto", "einsum", *SDP)
+BACKENDS = ("auto", "einsum", *SDP, "triton")
 HALF = (torch.float16, torch.bfloat16)
 PACKED_BELOW = 0.8  # of a padded batch holds tokens: then packing saves a fifth or more
 
@@ -31,13 +32,17 @@ def select_backends(
     has_bias: bool = False,
     has_dropout: bool = False,
     torch_version: tuple[int, int] = (2, 11),
+    has_triton: bool = True,
     requested: str = "auto",
 ) -> AttentionChoice:
     """Order the attention backends for a device. Pure: asks nothing of the machine it runs on.
 
     `capability` is CUDA's (major, minor), None elsewhere. `has_*` say what the run will pass to
-    Attend. ValueError: `requested` is unknown, or cannot run, with the reason.
+    Attend. ValueError: `requested` is unknown, or cannot run, with the reason. Our own kernels,
+    "triton", run where they are asked for: no GPU has timed them beside the others.
     """
+    if requested == "triton" and not has_triton:
+        raise ValueError("attention.backend=triton: Triton is not installed; use auto")
     facts = (device_type, capability or (0, 0), dtype, head_dim)
     uses = (has_mask, has_bias, has_dropout, torch_version)
     if requested not in BACKENDS:
@@ -93,10 +98,14 @@ def _objection(
         return "bf16 needs compute capability 8.0"
     if backend == "efficient":
         return None if capability >= (5, 0) else "it needs compute capability 5.0"
-    if dtype not in HALF:
+    if dtype not in HALF and backend != "triton":
         return f"it needs fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
     if capability < (8, 0):
         return "it needs compute capability 8.0"
+    if backend == "triton" and has_dropout:
+        return "it has no dropout"
+    if backend == "triton":
+        return "head_dim is over 256" if head_dim > 256 else None
     if backend == "flash":
         if has_mask or has_bias:
             return f"it takes no {'mask' if has_mask else 'bias'}"
@@ -115,7 +124,14 @@ def resolve(
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return select_backends(
-        device.type, capability, dtype, head_dim, torch_version=version, requested=requested, **uses
+        device.type,
+        capability,
+        dtype,
+        head_dim,
+        torch_version=version,
+        has_triton=find_spec("triton") is not None,
+        requested=requested,
+        **uses,
     )
 
 

@@ -170,6 +170,10 @@ def test_head_dim_rules_out_what_cannot_hold_it():
     [
         ("flash", "cuda", (7, 5), FP16, {}, "capability 8.0"),
         ("flash", "cuda", (9, 0), FP32, {}, "fp16 or bf16"),
+        ("triton", "cpu", None, FP32, {}, "needs CUDA"),
+        ("triton", "cuda", (7, 5), FP32, {}, "capability 8.0"),
+        ("triton", "cuda", (9, 0), BF16, {"has_dropout": True}, "no dropout"),
+        ("triton", "cuda", (9, 0), BF16, {"has_triton": False}, "not installed"),
         ("flash", "cuda", (9, 0), BF16, {"has_mask": True}, "takes no mask"),
         ("cudnn", "cpu", None, FP32, {}, "needs CUDA"),
         ("flash", "cpu", None, FP32, {"has_dropout": True}, "no dropout"),
