@@ -105,10 +105,13 @@ def choose_kernels(wanted: str, device_type: str) -> tuple[str, str]:
         if wanted == "triton" and device_type != "cuda":
             missing.append("a CUDA GPU")
     lacks = " and ".join(missing)
-    if wanted == "auto":
-        if device_type != "cuda":
-            return "plain", f"{device_type}: its pieces are small beside their products"
-        return ("plain", f"no {lacks}: a step is slower without") if lacks else ("triton", "CUDA")
+    if wanted == "auto" and device_type != "cuda":
+        return "plain", f"{device_type}: its pieces are small beside their products"
+    if wanted == "auto":  # until a GPU has timed the others
+        hint = (
+            f"the others need {lacks}" if lacks else "train.kernels=triton and compiled move less"
+        )
+        return "plain", f"CUDA; {hint}"
     if lacks:
         raise ValueError(f"train.kernels={wanted} needs {lacks}; set train.kernels=plain")
     return wanted, "as configured"

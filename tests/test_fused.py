@@ -131,12 +131,13 @@ def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(mon
     monkeypatch.setattr("model.fused.find_spec", lambda _: object())
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
     assert choose_kernels("auto", "cpu")[0] == "plain"
-    assert choose_kernels("auto", "cuda")[0] == "triton"
+    assert choose_kernels("auto", "cuda")[0] == "plain"
+    assert choose_kernels("triton", "cuda") == ("triton", "as configured")
     assert choose_kernels("compiled", "cuda") == ("compiled", "as configured")
     with pytest.raises(ValueError, match=r"train.kernels=triton needs a CUDA GPU"):
         choose_kernels("triton", "cpu")
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert choose_kernels("auto", "cuda") == ("plain", "no a C compiler: a step is slower without")
+    assert choose_kernels("auto", "cuda") == ("plain", "CUDA; the others need a C compiler")
     with pytest.raises(ValueError, match=r"train.kernels=compiled needs a C\+\+ compiler; set"):
         choose_kernels("compiled", "cpu")
     monkeypatch.setattr("model.fused.find_spec", lambda _: None)
