@@ -9,6 +9,7 @@ query that comes after a key/value cache sees the whole cache. PyTorch's `is_cau
 upper left instead and is therefore used only where q_len == k_len.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +160,7 @@ class Attend(nn.Module):
             q, k, v, attn_mask = share(q, k, v, attn_mask)
         if attn_mask is not None:
             options["attn_mask"] = attn_mask
-        with sdpa_kernel([KERNELS[name] for name in backends], set_priority=True):
+        with _only(backends, q):
             out = F.scaled_dot_product_attention(q, k, v, **options)
         out = out.reshape(b, h, i, v.shape[-1])  # [b,g,(r i),d] or [(b g),r,i,d] -> [b,h,i,d]
         return out if alive is None else out.masked_fill(~alive, 0.0)
@@ -181,6 +182,14 @@ class Attend(nn.Module):
         return backends
 
 
+def _only(backends: tuple[str, ...], q: Tensor) -> AbstractContextManager:
+    """PyTorch shall use these kernels, in this order. On a CPU both, flash first, are its own
+    choice: being told so would take a tenth of a decoding step."""
+    if not q.is_cuda and backends == ("flash", "math"):
+        return nullcontext()
+    return sdpa_kernel([KERNELS[name] for name in backends], set_priority=True)
+
+
 def _with_masked_key(
     k: Tensor, v: Tensor, mask: Tensor | None, attn_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -196,7 +205,7 @@ Shared = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def _heads_as_rows(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Shared:
     """The r heads that share keys become query rows: q [b,h,i,d] -> [b,g,(r i),d], mask alike."""
     g, r = k.shape[1], q.shape[1] // k.shape[1]
-    q = rearrange(q, "b (g r) i d -> b g (r i) d", g=g)
+    q = q.reshape(q.shape[0], g, -1, q.shape[-1])  # [b,(g r),i,d] -> [b,g,(r i),d]
     if attn_mask is not None and attn_mask.shape[1] == 1:
         attn_mask = repeat(attn_mask, "b 1 i j -> b 1 (r i) j", r=r)
     elif attn_mask is not None:

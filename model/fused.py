@@ -180,6 +180,8 @@ def add_norm(x: Tensor, y: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Te
     Without gains, which the matrix that reads the result has anyway: so the sum itself need not be
     kept for the backward pass.
     """
+    if not torch.is_grad_enabled():  # a decoding step is short of time for calls
+        return kernels.add_norm(x, y)[:2]
     return _AddNorm.apply(x, y, kernels)
 
 
@@ -188,7 +190,10 @@ def swiglu_linear(gate_value: Tensor, weight: Tensor, kernels: Kernels = PLAIN) 
 
     The product, the largest tensor of a block but one, is computed again for the backward pass.
     """
-    return _SwigluLinear.apply(gate_value, weight.to(gate_value.dtype), kernels)
+    weight = weight.to(gate_value.dtype)
+    if not torch.is_grad_enabled():
+        return F.linear(kernels.swiglu(gate_value), weight)
+    return _SwigluLinear.apply(gate_value, weight, kernels)
 
 
 def rotate_heads(
@@ -198,4 +203,6 @@ def rotate_heads(
 
     angles: cos, sin [B|1,T,1,D/2] of the pairs (x[..., d], x[..., d + D/2]).
     """
+    if not torch.is_grad_enabled():
+        return kernels.rotate(qkv, *angles, num_kv)
     return _Rotate.apply(qkv, *angles, num_kv, kernels)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
@@ -63,14 +62,14 @@ class Attention(nn.Module):
         segments: Segments | None = None,
         kernels: Kernels = PLAIN,
     ) -> Tensor:
-        qkv = self.norm(rearrange(self.to_qkv(x), "b t (h d) -> b t h d", d=self.head_dim))
+        qkv = self.norm(self.to_qkv(x).unflatten(-1, (-1, self.head_dim)))  # [b,t,h+2g,d]
         q, k, v = rotate_heads(qkv, angles, self.num_kv, kernels)
         # views: nothing is copied to another order of axes, here or on the way back
-        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b,h|g,t,d]
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # [b,g,t,d] -> [b,g,j,d]
         out = self.attend(q, k, v, mask, segments=segments)
-        return self.to_out(rearrange(out, "b h t d -> b t (h d)"))
+        return self.to_out(out.transpose(1, 2).flatten(2))  # [b,h,t,d] -> [b,t,(h d)]
 
 
 class FeedForward(nn.Module):

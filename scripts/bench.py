@@ -1,11 +1,12 @@
 """How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
-loader, `learn` what variants of a recipe learn over steps and seconds. `readme` puts
-benchmarks/*.json into the README. Each is in a file of its name."""
+loader, `learn` what its variants learn over steps and seconds, `sample` the stages of sampling;
+`readme` puts benchmarks/*.json into the README. Each is in a file of its name."""
 
 from scripts.bench_attend import add_attend_options
 from scripts.bench_data import add_data_options
 from scripts.bench_learn import add_learn_options
 from scripts.bench_readme import add_readme_options
+from scripts.bench_sample import add_sample_options
 from scripts.bench_train import add_train_options
 from scripts.cli import make_parser, run_cli
 
@@ -15,6 +16,8 @@ EXAMPLES = """\
   python -m scripts.bench train --config configs/coarse_270m.yaml --out benchmarks/train.json
   python -m scripts.bench train --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "fp32: train.precision=fp32" "no dropout: model.dropout=0"
+  python -m scripts.bench sample --config configs/demo_semantic.yaml configs/demo_coarse.yaml \\
+      configs/demo_fine.yaml --batch 1 4 --seconds 2
   accelerate launch --config_file configs/accelerate/ddp.yaml -m scripts.bench train \\
       --config configs/coarse_270m.yaml train.batch_size=32
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
@@ -29,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_train_options(commands.add_parser("train", help="training steps of a recipe"))
     add_data_options(commands.add_parser("data", help="the loader of a recipe"))
     add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
+    add_sample_options(commands.add_parser("sample", help="steps of stages, all stages in a row"))
     add_readme_options(commands.add_parser("readme", help="benchmarks/*.json as README tables"))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)

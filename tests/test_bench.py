@@ -205,3 +205,24 @@ def test_the_readme_shows_what_the_files_say(tmp_path, monkeypatch):
     assert "old" not in made
     with pytest.raises(ValueError, match="put them back"):
         bench_readme.with_benchmarks("nothing", [])
+
+
+def test_sample_times_every_stage_and_all_in_a_row(tmp_path, capsys):
+    out = tmp_path / "sample.json"
+    recipes = [f"configs/demo_{stage}.yaml" for stage in ("semantic", "coarse", "fine")]
+    small = "model={dim: 16, num_layers: 1, num_heads: 2, head_dim: 8}"
+    few = ["--batch", "1", "2", "--seconds", "0.3", "--device", "cpu"]
+    bench.main(["sample", "--config", *recipes, small, *few, "--out", str(out)])
+    rows = {(row["name"], row["batch"]): row for row in json.loads(out.read_text())["rows"]}
+    assert len(rows) == 3 * 3 + 2 + 1
+    for stage in ("semantic", "coarse", "fine"):
+        for batch in (1, 2):
+            row = rows[stage, batch]
+            rate = row["tokens_per_second"] * row["milliseconds"] / 1e3  # each step, each clip one
+            assert rate == pytest.approx(batch)
+            assert 0 < row["share_of_memory"] < 1
+    whole, streamed = rows["all stages and the codec", 1], rows["the same, streamed", 1]
+    assert whole["real_time"] > 0
+    assert whole["first_sound"] > 0
+    assert streamed["first_sound"] > 0
+    assert re.search(r"coarse, no cache, 10 frames +1 +\d", capsys.readouterr().out)

@@ -1,0 +1,180 @@
+"""Sampling: steps of each stage at several batch sizes, and all stages in a row."""
+
+import argparse
+import math
+import time
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.load import load_config
+from configs.schema import RunConfig
+from model.backends import resolve
+from model.codec import load_codec
+from model.pipeline import STREAM, Chunks, Models, continuation, decode_stream, generate_codes
+from model.sampling import Sampling, generate
+from model.stages import Stage, stage_spec
+from scripts.bench_tools import CODEC, SEMANTIC, report
+from scripts.cli import find_device
+
+SAMPLING = Sampling(temperature=0.8, top_k=100)
+COLUMNS = {
+    "milliseconds": ("ms/step", ",.2f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "gb_per_second": ("GB/s", ",.1f"),
+    "share_of_memory": ("of copying", ".0%"),
+    "real_time": ("x real time", ",.2f"),
+    "first_sound": ("first sound, s", ",.3f"),
+    "peak_gib": ("GiB", ",.1f"),
+}
+
+
+def random_stage(recipe: str, overrides: list[str], device: torch.device) -> tuple[Stage, float]:
+    """A recipe's stage with random weights, and the seconds it would be trained on at a time."""
+    config = load_config(RunConfig, recipe, [*overrides, "out=.", "data.tokens=."])
+    sizes = (SEMANTIC["num_tokens"], CODEC["num_codebooks"], CODEC["codebook_size"])
+    spec = stage_spec(config.stage, *sizes, config.num_coarse)
+    attention = resolve(device, torch.float32, config.model.head_dim, config.attention.backend)
+    torch.manual_seed(0)
+    stage = Stage(spec, config.model, attention).to(device).eval()
+    return stage, config.data.crop_seconds
+
+
+def copied_per_second(device: torch.device) -> float:
+    """Bytes read and written by a second of copying: what a step that only reads weights and cache
+    could come near to."""
+    x = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
+    y = torch.empty_like(x)
+    seconds = min(timed(lambda: y.copy_(x), device) for _ in range(5))
+    return 2 * x.nbytes / seconds
+
+
+def timed(function: Any, device: torch.device) -> float:
+    """Seconds of a call, a GPU's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def time_stage(stage: Stage, batch: int, frames: int, use_cache: bool, copying: float) -> dict:
+    """Figures of `batch` clips of so many frames, from nothing but their condition. The bytes of a
+    step are those of the weights and of the cache it reads, on average half of it."""
+    device, layout = stage.embed.weight.device, stage.layout
+    generator, conditions = torch.Generator().manual_seed(0), [None] * batch
+    if layout.condition_sizes:
+        shape = (batch, len(layout.condition_sizes), frames)
+        conditions = list(torch.randint(min(layout.condition_sizes), shape, generator=generator))
+    empty = torch.empty(layout.num_codebooks, 0, dtype=torch.long)
+
+    def run() -> list[Tensor]:
+        prompts, most = [empty] * batch, [frames] * batch
+        seeds, least = list(range(batch)), [frames + 1] * batch
+        arguments = (conditions, prompts, most, seeds, SAMPLING)
+        return generate(stage, *arguments, min_frames=least, use_cache=use_cache)
+
+    run()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, steps = timed(run, device), layout.num_steps(frames)
+    c, weights = (
+        stage.transformer.config,
+        [*stage.transformer.parameters(), *stage.heads.parameters()],
+    )
+    places = layout.num_steps(frames) / 2 + len(layout.condition_sizes) * frames
+    size = weights[0].element_size()
+    cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size * places * batch
+    moved = (sum(w.nbytes for w in weights) + cache) * steps / seconds
+    return {
+        "milliseconds": 1e3 * seconds / steps,
+        "tokens_per_second": batch * frames * layout.num_codebooks / seconds,
+        "gb_per_second": moved / 1e9 if use_cache else None,
+        "share_of_memory": moved / copying if use_cache else None,
+        "real_time": batch * frames / CODEC["frame_rate"] / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def time_pipeline(models: Models, batch: int, seconds: float, chunks: Chunks) -> dict:
+    """Figures of all stages and the codec, from nothing; the clips take what they take."""
+    samplings = dict.fromkeys(models.stages, SAMPLING)
+    request = continuation(models, None, seconds, list(range(batch)))
+    sounds = []
+
+    def run() -> None:
+        began, samples = time.perf_counter(), 0
+        codes = generate_codes(models, request, samplings, chunks)
+        for parts in decode_stream(models, codes):
+            samples += sum(wav.cpu().shape[1] for wav in parts)
+            sounds.append((time.perf_counter() - began, samples))
+
+    run()
+    sounds.clear()
+    elapsed = timed(run, models.device)
+    return {
+        "real_time": sounds[-1][1] / models.codec.sample_rate / elapsed,
+        "first_sound": sounds[0][0],
+    }
+
+
+def bench_sample(parsed: argparse.Namespace) -> None:
+    """Stages by batch sizes, one of them without a cache as the baseline; then the whole."""
+    device = find_device(parsed.device)
+    overrides = [word for word in parsed.overrides if "=" in word]
+    recipes = [word for word in parsed.overrides if "=" not in word]
+    built = [random_stage(recipe, overrides, device) for recipe in [parsed.config, *recipes]]
+    copying, rows = copied_per_second(device), []
+    for stage, context in built:
+        frames = max(1, round(min(parsed.seconds, context) * CODEC["frame_rate"]))
+        few = min(frames, 10)
+        plain = time_stage(stage, 1, few, False, copying)
+        rows.append({"name": f"{stage.spec.name}, no cache, {few} frames", "batch": 1, **plain})
+        for batch in tqdm(parsed.batch, desc=stage.spec.name, disable=None):
+            figures = time_stage(stage, batch, frames, True, copying)
+            rows.append({"name": stage.spec.name, "batch": batch, **figures})
+    names = {stage.spec.name for stage, _ in built}
+    if names in ({"semantic", "coarse", "fine"}, {"semantic", "acoustic"}):
+        stages = {stage.spec.name: stage for stage, _ in built}
+        for stage in stages.values():  # a clip goes on to its end
+            stage.heads[0].weight.data[stage.layout.eos] = 0
+        states = {
+            stage.spec.name: {"crop_seconds": context, "collapse_semantic": False}
+            for stage, context in built
+        }
+        codec = load_codec(parsed.codec, device)
+        models = Models(stages, states, codec, None, Fraction(1), device)
+        for batch in parsed.batch:
+            figures = time_pipeline(models, batch, parsed.seconds, Chunks(math.inf, math.inf, 0.0))
+            rows.append({"name": "all stages and the codec", "batch": batch, **figures})
+        figures = time_pipeline(models, 1, parsed.seconds, STREAM)
+        rows.append({"name": "the same, streamed", "batch": 1, **figures})
+    table = [["", "batch", *(heading for heading, _ in COLUMNS.values())]]
+    for row in rows:
+        values = {key: row.get(key) for key in COLUMNS}
+        cells = ["-" if v is None else format(v, COLUMNS[key][1]) for key, v in values.items()]
+        table.append([row["name"], str(row["batch"]), *cells])
+    facts = {"configs": [parsed.config, *recipes], "seconds": parsed.seconds}
+    report(rows, table, parsed, **facts, copied_gb_per_second=copying / 1e9)
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=bench_sample)
+    parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RECIPE or section.key=value",
+        help="the other stages, of which with --config all are timed in a row; and keys of all",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="N")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of audio in a clip (4)")
+    parser.add_argument("--codec", default="pretrained/codec_16khz", help="of all stages in a row")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
