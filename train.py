@@ -211,7 +211,7 @@ class Training:
         gives the lock away in `destroy_process_group`, but not where DistributedDataParallel holds
         the last reference: one exit in ten hung.
         """
-        self.model = self.updater = None
+        self.model = self.updater = self.hosts = None
         self.process.free_memory()
 
     def update(self, micro_batches: list[Sequences]) -> torch.Tensor:

@@ -5,6 +5,7 @@ resamples.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ class WavStream:
         try:
             self.file.write(data)
             self.file.flush()
-        except BrokenPipeError:
+        except BrokenPipeError:  # what is buffered shall not fail once more when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
             self.file = None
 
 

@@ -109,7 +109,9 @@ def choose_kernels(wanted: str, device_type: str) -> tuple[str, str]:
         return "plain", f"{device_type}: its pieces are small beside their products"
     if wanted == "auto":  # until a GPU has timed the others
         hint = (
-            f"the others need {lacks}" if lacks else "train.kernels=triton and compiled move less"
+            f"the others need {lacks}"
+            if lacks
+            else "train.kernels=triton or compiled may be faster"
         )
         return "plain", f"CUDA; {hint}"
     if lacks:

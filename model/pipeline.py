@@ -76,10 +76,11 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A recording as tokens: semantic [T_s], codes [K,T]."""
+    """A recording as tokens: semantic [T_s], codes [K,T], the first of them its first_frame-th."""
 
     semantic: Tensor
     codes: Tensor
+    first_frame: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Request:
 
     semantics [T_s]: the tokens a clip begins with, or all of them, if `num_semantic` is None;
     otherwise those it may have at most. codes [K,T]: those it begins with; `num_frames`: how many
-    it may have.
+    it may have; `first_frame`: of its recording, if that began before.
     """
 
     semantics: list[Tensor]
@@ -96,19 +97,24 @@ class Request:
     codes: list[Tensor]
     num_frames: list[int]
     seeds: list[int]
+    first_frame: int = 0
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Seconds of audio that are made at a time: first, and then. `ahead`: those of semantic tokens
-    that the acoustic stages read beyond the end of a chunk, as in the midst of a training crop."""
+    """Codec frames that are made at a time: first, and then. `ahead`: those for which the acoustic
+    stages read semantic tokens beyond the end of a chunk, as in the midst of a training crop."""
 
-    first: float
-    then: float
-    ahead: float
+    first: int
+    then: int
+    ahead: int
+
+    @classmethod
+    def of_seconds(cls, models: "Models", first: float, then: float, ahead: float) -> "Chunks":
+        return cls(*(whole(s * models.codec.frame_rate) for s in (first, then, ahead)))
 
 
-STREAM = Chunks(first=0.4, then=0.8, ahead=0.4)
+STREAM_SECONDS = (0.4, 0.8, 0.4)  # a first chunk soon, then longer ones, which cost less
 
 
 def continuation(
@@ -123,7 +129,8 @@ def continuation(
     semantic = models.read(semantic)
     most = semantic.shape[0] + whole(seconds * frame_rate * float(models.semantic_rate))
     limit = codes.shape[1] + whole(seconds * frame_rate)
-    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds)
+    first = prompt.first_frame if prompt else 0
+    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds, first)
 
 
 def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Request:
@@ -137,13 +144,12 @@ def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Requ
 def usual_chunks(models: Models, num_given: int, num_frames: int) -> Chunks:
     """For a clip that begins with num_given frames: one chunk if num_frames fit the context of the
     stage that reads semantic tokens, else as much at a time as fits."""
-    frame_rate = models.codec.frame_rate
-    context = models.states[models.first_acoustic]["crop_seconds"]
-    if num_frames / frame_rate <= context or models.collapsed:
-        return Chunks(math.inf, math.inf, 0.0)
-    there = num_given / frame_rate
-    step = (1 - OVERLAP - AHEAD) * context
-    return Chunks(max(step, (1 - AHEAD) * context - there), step, AHEAD * context)
+    window = models.window(models.first_acoustic)
+    if num_frames <= window or models.collapsed:
+        return Chunks(num_frames, num_frames, 0)
+    ahead = int(AHEAD * window)
+    step = max(1, window - ahead - int(OVERLAP * window))
+    return Chunks(max(step, window - ahead - num_given), step, ahead)
 
 
 @torch.no_grad()
@@ -179,6 +185,7 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
     each clip at once.
     """
     codec, streams, decoded, codes = models.codec, None, None, []
+    silence = torch.empty(1, 0, device=models.device)
     for codes in chunks:
         if not codec.config.causal:
             continue
@@ -187,7 +194,7 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
         fresh = [clip[:, n:].to(models.device) for clip, n in zip(codes, decoded, strict=True)]
         decoded = [clip.shape[1] for clip in codes]
         yield [  # [1,K,t] -> [1,1,L] -> [1,L]
-            stream.push(clip[None])[0] if clip.shape[1] else torch.empty(1, 0)
+            stream.push(clip[None])[0] if clip.shape[1] else silence
             for stream, clip in zip(streams, fresh, strict=True)
         ]
     if streams is None:
@@ -195,7 +202,7 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
         return
     rests = [stream.finish() for stream in streams]
     if any(rest is not None for rest in rests):
-        yield [torch.empty(1, 0) if rest is None else rest[0] for rest in rests]
+        yield [silence if rest is None else rest[0] for rest in rests]
 
 
 def whole(frames: float) -> int:
@@ -218,14 +225,10 @@ class _Clips:
     ):
         self.models, self.request, self.samplings = models, request, samplings
         self.on_audio, self.chunks, self.num_chunks = on_audio, chunks, 0
-        self.ahead = [self.frames(size.ahead) for size in chunks]
+        self.ahead = [size.ahead for size in chunks]
         self.ends = [clip.shape[1] for clip in request.codes]
         self.semantics, self.codes = list(request.semantics), list(request.codes)
         self.limits, self.ended = list(request.num_frames), [False] * len(request.seeds)
-
-    def frames(self, seconds: float) -> int:
-        """Of the codec."""
-        return whole(seconds * self.models.codec.frame_rate)
 
     @property
     def finished(self) -> bool:
@@ -234,9 +237,7 @@ class _Clips:
 
     def next_chunk(self) -> None:
         for n, (size, most) in enumerate(zip(self.chunks, self.request.num_frames, strict=True)):
-            seconds = size.then if self.num_chunks else size.first
-            step = most if math.isinf(seconds) else max(1, self.frames(seconds))
-            self.ends[n] = min(most, self.ends[n] + step)
+            self.ends[n] = min(most, self.ends[n] + (size.then if self.num_chunks else size.first))
         self.num_chunks += 1
 
     def _num_semantic(self, n: int) -> int:
@@ -318,8 +319,9 @@ class _Clips:
         seeds = [mix_seed(seed, name) for seed in self.request.seeds]
         heard = partial(_heard, self.on_audio, name, float(rate))
         overlap = min(int(OVERLAP * window), *(room - 1 for room in rooms))
+        first = self.request.first_frame * (self.models.semantic_rate if name == "semantic" else 1)
         arguments: tuple[Any, ...] = (given, wanted, seeds, self.samplings[name], rooms, overlap)
-        return extend(self.models.stages[name], condition_of, *arguments, least, heard)
+        return extend(self.models.stages[name], condition_of, *arguments, least, heard, int(first))
 
 
 def _heard(on_audio: OnAudio, name: str, rate: float, num_clips: int) -> None:

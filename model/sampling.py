@@ -94,7 +94,7 @@ def generate(
     recording that row n begins with (0); EOS is not drawn before `min_frames` (1). Returns codes
     [K,T_n], prompt included, min_frames <= T_n <= max_frames. `use_cache=False` feeds the whole
     sequence through the model at every step: slow, plain, the specification of the other.
-    `on_frame(n)` is told, frame by frame, that n clips go on.
+    `on_frame(n)` is told, frame by frame, that n clips have one more.
     """
     layout, begins = stage.layout, begins or [0] * len(prompts)
     rows = _rows(stage, prompts, max_frames, min_frames or [1] * len(prompts), seeds, begins)
@@ -117,8 +117,13 @@ def generate(
         steps[place_of, j], totals[place_of] = codes, rows.num_frames
         active = _frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames
         num_active = int(active.sum())
-        if on_frame is not None and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0):
-            on_frame(num_active)
+        done = _frame(stage, j, -1)  # the frame that this step may have completed
+        if (
+            on_frame
+            and done >= 0
+            and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0)
+        ):
+            on_frame(int((done + rows.prompt_frames < rows.num_frames).sum()))
         if num_active == 0:
             break
         ids, num_fresh = torch.cat([ids, _to_ids(stage, codes, j)], dim=1), 1
@@ -213,11 +218,13 @@ def extend(
     overlap: int,
     min_frames: list[int] | None = None,
     on_frame: Callable[[int], None] | None = None,
+    first_frame: int = 0,
 ) -> list[Tensor]:
     """Continue clips [K,T] to `num_frames` each or to EOS, however far beyond the trained context:
     in windows of at most `windows` frames, which see `overlap` or more of what is there.
 
-    `condition_of(row, a, b)` gives row's condition for frames [a, b). Returns codes [K,T_n].
+    `condition_of(row, a, b)` gives row's condition for frames [a, b); first_frame: of the clips'
+    recordings, if those began before. Returns codes [K,T_n].
     """
     assert 0 <= overlap < min(windows)
     least = min_frames or [1] * len(clips)
@@ -234,7 +241,7 @@ def extend(
             [b - a for a, b in zip(begins, ends, strict=True)],
             [seeds[n] for n in active],
             sampling,
-            begins,
+            [first_frame + a for a in begins],
             [max(1, least[n] - a) for n, a in zip(active, begins, strict=True)],
             on_frame=on_frame,
         )

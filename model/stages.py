@@ -170,9 +170,11 @@ class Stage(nn.Module):
             segments = Segments.of(batch.lengths, batch.bounds)
         hidden = self.hidden(batch.ids, batch.positions, segments=segments)
         hidden = hidden.flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
-        # one selection for all heads: its backward pass fills one gradient of hidden
-        chosen = hidden.index_select(0, torch.cat(batch.places))
-        chosen = chosen.split([len(places) for places in batch.places])
+        if self.layout.pattern == "flatten":  # one for all heads: its gradient is filled once
+            chosen = hidden.index_select(0, torch.cat(batch.places))
+            chosen = chosen.split([len(places) for places in batch.places])
+        else:  # places repeat, and sums of their gradients would come in any order on a GPU
+            chosen = [hidden.index_select(0, places) for places in batch.places]
         nats = [
             F.cross_entropy(head(x).float(), targets, reduction="sum")
             for head, x, targets in zip(self.heads, chosen, batch.targets, strict=True)

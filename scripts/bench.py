@@ -18,8 +18,8 @@ EXAMPLES = """\
       --compare "fp32: train.precision=fp32" "no dropout: model.dropout=0"
   python -m scripts.bench sample --config configs/demo_semantic.yaml configs/demo_coarse.yaml \\
       configs/demo_fine.yaml --batch 1 4 --seconds 2
-  accelerate launch --config_file configs/accelerate/ddp.yaml -m scripts.bench train \\
-      --config configs/coarse_270m.yaml train.batch_size=32
+  accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 \\
+      -m scripts.bench train --config configs/coarse_270m.yaml train.batch_size=32
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""

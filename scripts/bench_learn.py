@@ -17,6 +17,8 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from scripts.bench_tools import compared, report
 
+ROOT = Path(__file__).parent.parent
+PICTURES = (".png", ".svg")
 Curve = list[tuple[int, float, float]]  # (step, seconds of training, validation loss)
 
 
@@ -49,7 +51,7 @@ def reached(curve: Curve, target: float) -> tuple[float, float] | None:
 def train_one(recipe: str, overrides: list[str], out: Path) -> Curve:
     """Train in a process of its own. ValueError: it failed, with its last line."""
     words = [*overrides, f"out={out}", "train.sample_every=0", "wandb.mode=disabled"]
-    command = [sys.executable, "train.py", "--config", recipe, *words]
+    command = [sys.executable, str(ROOT / "train.py"), "--config", recipe, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
@@ -113,24 +115,33 @@ def bench_learn(parsed: argparse.Namespace) -> None:
     chosen = {"as configured": [], **compared(parsed.compare)}
     for words in chosen.values():  # a typo is an error before anything is trained
         load_config(RunConfig, parsed.config, [*parsed.overrides, "out=.", *words])
+    if parsed.plot and Path(parsed.plot).suffix not in PICTURES:
+        raise ValueError(f"--plot {parsed.plot}: name it .png or .svg")
     if parsed.plot and not find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib==3.10.9")
-    rows = []
+    rows, failures = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for name, words in chosen.items():
             for seed in parsed.seeds:
                 overrides = [*parsed.overrides, *words, f"train.seed={seed}"]
-                curve = train_one(parsed.config, overrides, Path(scratch, str(len(rows))))
+                try:
+                    curve = train_one(parsed.config, overrides, Path(scratch, str(len(rows))))
+                except ValueError as error:  # the others' figures are not lost
+                    failures.append(str(error))
+                    print(f"{name}, seed {seed}: {error}", flush=True)
+                    continue
                 best = min(loss for *_, loss in curve)
                 rows.append(
                     {"name": name, "overrides": words, "seed": seed, "best": best, "curve": curve}
                 )
                 print(f"{name}, seed {seed}: {best:.4f}, {curve[-1][1]:.1f} s", flush=True)
+    if not rows:
+        raise ValueError(failures[0])
     target = parsed.target if parsed.target is not None else max(row["best"] for row in rows)
     table = summarise(rows, target)
+    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides, target=target)
     if parsed.plot:
         draw(rows, target, Path(parsed.plot))
-    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides, target=target)
 
 
 def add_learn_options(parser: argparse.ArgumentParser) -> None:

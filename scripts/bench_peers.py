@@ -1,5 +1,6 @@
 """Other projects' models of the same sizes, trained by the same plain step: a ruler for `train`."""
 
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -121,7 +122,9 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
 
 
 def time_plain_steps(model: nn.Module, loss_of: Loss, device: torch.device, num: int) -> dict:
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    counted = [  # as our own MFU: neither embeddings nor heads
+        p for name, p in model.named_parameters() if not re.search(r"embed|head|logit", name)
+    ]
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, fused=True)
     cuda = device.type == "cuda"
@@ -139,6 +142,8 @@ def time_plain_steps(model: nn.Module, loss_of: Loss, device: torch.device, num:
     for _ in range(WARM_UP):
         loss = step()
     loss.item()  # waits for all that the device still has to do
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for _ in range(num):
         loss = step()
@@ -148,5 +153,5 @@ def time_plain_steps(model: nn.Module, loss_of: Loss, device: torch.device, num:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "first_seconds": started - began,
         "loss": last,
-        "num_parameters": sum(p.numel() for p in parameters if p not in embeddings),
+        "num_parameters": sum(p.numel() for p in counted),
     }

@@ -1,7 +1,6 @@
 """Sampling: steps of each stage at several batch sizes, and all stages in a row."""
 
 import argparse
-import math
 import time
 from fractions import Fraction
 from typing import Any
@@ -14,7 +13,14 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from model.backends import resolve
 from model.codec import load_codec
-from model.pipeline import STREAM, Chunks, Models, continuation, decode_stream, generate_codes
+from model.pipeline import (
+    STREAM_SECONDS,
+    Chunks,
+    Models,
+    continuation,
+    decode_stream,
+    generate_codes,
+)
 from model.sampling import Sampling, generate
 from model.stages import Stage, stage_spec
 from scripts.bench_tools import CODEC, SEMANTIC, report
@@ -102,7 +108,7 @@ def time_stage(stage: Stage, batch: int, frames: int, use_cache: bool, copying: 
     }
 
 
-def time_pipeline(models: Models, batch: int, seconds: float, chunks: Chunks) -> dict:
+def time_pipeline(models: Models, batch: int, seconds: float, chunks: Chunks | None) -> dict:
     """Figures of all stages and the codec, from nothing; the clips take what they take."""
     samplings = dict.fromkeys(models.stages, SAMPLING)
     request = continuation(models, None, seconds, list(range(batch)))
@@ -151,9 +157,11 @@ def bench_sample(parsed: argparse.Namespace) -> None:
         codec = load_codec(parsed.codec, device)
         models = Models(stages, states, codec, None, Fraction(1), device)
         for batch in parsed.batch:
-            figures = time_pipeline(models, batch, parsed.seconds, Chunks(math.inf, math.inf, 0.0))
+            figures = time_pipeline(models, batch, parsed.seconds, None)
             rows.append({"name": "all stages and the codec", "batch": batch, **figures})
-        figures = time_pipeline(models, 1, parsed.seconds, STREAM)
+        figures = time_pipeline(
+            models, 1, parsed.seconds, Chunks.of_seconds(models, *STREAM_SECONDS)
+        )
         rows.append({"name": "the same, streamed", "batch": 1, **figures})
     table = [["", "batch", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:

@@ -76,6 +76,8 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
         run.release()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
+    except ValueError as error:  # what cannot be here, the others can
+        return {"failed": str(error)}
     peak = peak_flops(process.device)
     return {
         "milliseconds": 1e3 * elapsed / num_steps,
@@ -95,6 +97,7 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
 
 def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
     """Name -> overrides."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = {
         "as configured": [],
         "plain kernels": ["train.kernels=plain"],
@@ -102,7 +105,7 @@ def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
         "plain kernels, einsum, one clip at a time": [
             "train.kernels=plain",
             "attention.backend=einsum",
-            f"train.num_micro_batches={config.train.batch_size}",
+            f"train.num_micro_batches={config.train.batch_size // num_processes}",
         ],
     }
     return chosen | compared(compare)
@@ -113,6 +116,8 @@ def bench_train(parsed: argparse.Namespace) -> None:
     if parsed.steps < 1:
         raise ValueError(f"--steps {parsed.steps}: at least 1")
     peers = installed_peers() if parsed.peers else []
+    if peers and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--peers: they are trained on one GPU alone; leave out accelerate launch")
     main = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as scratch:
         overrides = list(parsed.overrides)

@@ -21,8 +21,8 @@ from data.shards import semantic_rate
 from model.checkpoint import check_same_tokens, load_stage
 from model.codec import load_codec
 from model.pipeline import (
-    OVERLAP,
-    STREAM,
+    STREAM_SECONDS,
+    Chunks,
     Models,
     Prompt,
     Request,
@@ -108,19 +108,19 @@ def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
 
 
 def last_part(path: str, prompt: Prompt, models: Models) -> Prompt:
-    """The end of a prompt that leaves no room in the stages' context, as much as half of that."""
-    frame_rate, context = models.codec.frame_rate, models.context_seconds
+    """The end of a prompt that fills the semantic stage's context: half as much as that."""
+    frame_rate, context = models.codec.frame_rate, models.states["semantic"]["crop_seconds"]
     seconds = prompt.codes.shape[1] / frame_rate
-    if seconds < (1 - OVERLAP) * context:
+    if seconds < context:
         return prompt
     num_frames = max(1, int(context / 2 * frame_rate))
     first = prompt.codes.shape[1] - num_frames
     print(
-        f"{path}: {seconds:.1f} s are more than the stages can continue, which were trained on "
+        f"{path}: {seconds:.1f} s fill the context of the semantic stage, which was trained on "
         f"{context:g} s at a time: its last {num_frames / frame_rate:g} s are the prompt"
     )
     semantic = prompt.semantic[int(first * models.semantic_rate) :]
-    return Prompt(semantic, prompt.codes[:, first:])
+    return Prompt(semantic, prompt.codes[:, first:], first)
 
 
 def check_collapsed(models: Models, seconds: float, option: str) -> None:
@@ -175,27 +175,23 @@ class Progress:
 def make_wavs(
     models: Models, request: Request, samplings: dict[str, Sampling], stream: WavStream | None
 ) -> tuple[list[Tensor], bool]:
-    """The clips as wav [1,L], and whether all of each is there: Ctrl-C leaves what is finished.
-
-    ValueError: nothing is. A stream gets the first clip as it is made.
-    """
+    """The clips as wav [1,L], and whether all of each is there: Ctrl-C leaves what is finished, and
+    goes on if nothing is. A stream gets the first clip as it is made."""
     parts, bar, complete, first = [], Progress(models, request), True, None
-    made = generate_codes(models, request, samplings, None if stream is None else STREAM, bar)
+    chunks = None if stream is None else Chunks.of_seconds(models, *STREAM_SECONDS)
     try:
-        for fresh in decode_stream(models, made):
+        for fresh in decode_stream(models, generate_codes(models, request, samplings, chunks, bar)):
             parts.append([wav.cpu() for wav in fresh])
-            if stream is not None:
-                stream.write(parts[-1][0])
+            if stream is not None and parts[-1][0].numel():
                 first = first or bar.elapsed
+                stream.write(parts[-1][0])
     except KeyboardInterrupt:
         complete = False
         if not parts:
-            raise ValueError(
-                "interrupted before any audio was finished; nothing is written"
-            ) from None
+            raise
     finally:
         bar.bar.close()
-    if stream is not None:
+    if first is not None:
         print(f"first sound after {first:.2f} s, the last after {bar.elapsed:.2f} s")
     return [torch.cat(clip, dim=1) for clip in zip(*parts, strict=True)], complete
 
@@ -219,7 +215,8 @@ def write_clips(
         save_audio(reconstruction, again, codec.sample_rate)
         record |= {"original": original.name, "reconstruction": reconstruction.name}
         used = prompt.codes.shape[1] / codec.frame_rate
-        record["prompt"] = {"path": source, "seconds": used}
+        first = prompt.first_frame / codec.frame_rate
+        record["prompt"] = {"path": source, "first_second": first, "seconds": used}
     write_json(out.with_suffix(".json"), record)
     return files
 
@@ -231,13 +228,17 @@ def sample(arguments: Namespace) -> list[Path]:
     device = find_device(arguments.device)
     with redirect_stdout(sys.stderr if arguments.stream else sys.stdout):
         models = load_models(arguments, device)
+        if arguments.stream and models.collapsed:
+            raise ValueError(
+                "--stream needs to know when each token is to be heard, which those of runs with "
+                "data.collapse_semantic no longer tell: leave it out"
+            )
         print(next(iter(models.stages.values())).transformer.attention)
         request, prompt = make_request(arguments, models)
-        longest, context = max(request.num_frames) / models.codec.frame_rate, models.context_seconds
+        longest = max(request.num_frames) / models.codec.frame_rate
+        context = models.states[models.first_acoustic]["crop_seconds"]
         if longest > context:
-            print(
-                f"{longest:g} s: in overlapping windows of the {context:g} s of the stages' context"
-            )
+            print(f"{longest:g} s: in overlapping windows of the {context:g} s that stages know")
         stream = None
         if arguments.stream:
             stream = WavStream(sys.__stdout__.buffer, models.codec.sample_rate)
@@ -261,6 +262,8 @@ def sample(arguments: Namespace) -> list[Path]:
         files = write_clips(arguments, models, prompt, wavs, record)
         for path, seconds in zip(files, record["seconds"], strict=True):
             print(f"{path}  {seconds:.2f} s{'' if complete else ', as far as it was finished'}")
+        if not complete:
+            sys.exit(130)  # as Ctrl-C does anywhere
     return files
 
 

@@ -35,7 +35,9 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
     parser.add_argument(
-        "--stream", action="store_true", help="and send it, as it is made, to standard output"
+        "--stream",
+        action="store_true",
+        help="made in shorter chunks (so other sound), sent to standard output as it is made",
     )
     parser.add_argument(
         "--out", required=True, metavar="WAV", help="out.wav; with --num, out-0.wav ..."

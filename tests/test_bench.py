@@ -11,6 +11,8 @@ import pytest
 import torch
 from tokens import write_tokens
 
+from configs.load import load_config
+from configs.schema import RunConfig
 from scripts import bench, bench_attend, bench_learn, bench_peers, bench_readme, bench_train
 from scripts.bench_tools import median_ms
 
@@ -148,6 +150,19 @@ def test_a_group_of_processes_meets_where_no_other_did(monkeypatch):
         ports.append(os.environ["MASTER_PORT"])
         assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
     assert ports == ["29501", "29502"]
+
+
+def test_processes_share_the_clips_that_are_trained_one_by_one(monkeypatch):
+    config = load_config(RunConfig, RECIPE, ["out=."])
+    for processes, expected in (("1", "16"), ("2", "8")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        (slow,) = (
+            words for name, words in bench_train.variants(config, []).items() if "one" in name
+        )
+        assert slow[-1] == f"train.num_micro_batches={expected}"
+    with pytest.raises(ValueError, match="leave out accelerate launch"):
+        monkeypatch.setattr(bench_train, "installed_peers", lambda: ["x"])
+        bench.main(["train", "--config", RECIPE, "--peers"])
 
 
 def test_a_loss_is_reached_between_validations():

@@ -169,7 +169,7 @@ def test_examples_in_help_name_real_files_and_flags(module):
     source = own.replace(module.EXAMPLES, "") + sources_imported_by(own)
     source += sources_imported_by(source)  # options that several commands share
     others = [f"--{name}" for name in STAGES]  # made in a loop; and the launchers' own
-    others += ["--standalone", "--nproc-per-node", "--config_file"]
+    others += ["--standalone", "--nproc-per-node", "--config_file", "--num_processes"]
     for command in re.split(r"\n(?=  \S)", module.EXAMPLES):
         words = shlex.split(command.replace("\\\n", " "))
         for word in words:

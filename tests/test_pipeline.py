@@ -2,7 +2,7 @@
 
 import io
 import json
-import math
+import os
 import signal
 import sys
 from itertools import pairwise
@@ -16,7 +16,7 @@ from world import RATE, make_world, save_wav
 from data.audio import WavStream
 from model import pipeline
 from model.pipeline import (
-    STREAM,
+    STREAM_SECONDS,
     Chunks,
     decode_stream,
     generate_codes,
@@ -26,7 +26,9 @@ from scripts import sample as module
 from scripts.sample_options import check_request, read_samplings, sample_parser
 
 THREE, TWO = ("semantic", "coarse", "fine"), ("semantic", "acoustic")
-WHOLE = Chunks(math.inf, math.inf, 0.0)
+DRAWN = ("--temperature", "semantic=0.05")
+STREAM = Chunks(20, 40, 20)
+WHOLE = Chunks(10_000, 10_000, 0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def clips_are_long(monkeypatch):
     """Stages of two steps draw all classes alike; so that EOS is not soon among them, the semantic
-    one's choices are made decided (see `parse`) and its EOS is not among the best."""
+    one takes the best of them (see `parse`), and its EOS is never that."""
     load = module.load_models
 
     def loaded(*arguments):
@@ -52,7 +54,7 @@ def clips_are_long(monkeypatch):
 
 def parse(world, out, *words, stages=THREE):
     flags = [word for name in stages for word in (f"--{name}", world / name)]
-    words = (*flags, "--temperature", "semantic=0.02", *words, "--out", out)
+    words = (*flags, "--temperature", "semantic=0", *words, "--out", out)
     return sample_parser().parse_args([*map(str, words)])
 
 
@@ -63,11 +65,11 @@ def prepare(world, *words, stages=THREE):
 
 
 @pytest.mark.parametrize("stages", [THREE, TWO], ids=["fine", "acoustic"])
-@pytest.mark.parametrize("chunks", [STREAM, Chunks(0.1, 0.3, 0.0), None])
+@pytest.mark.parametrize("chunks", [STREAM, Chunks(5, 15, 0), None])
 def test_what_is_streamed_is_what_is_decoded_in_the_end(stages, chunks, world):
     """Four clips of their own lengths: each chunk adds to the codes before, and the chunks' sound
     is that of all codes at once, sample for sample."""
-    words = ("--seconds", 2.4, "--num", 4, "--temperature", "semantic=0.05")
+    words = ("--seconds", 2.4, "--num", 4, *DRAWN)
     models, request, samplings = prepare(world, *words, stages=stages)
     seen = []
 
@@ -105,7 +107,7 @@ def test_the_first_sound_comes_before_the_last_tokens(world):
 @torch.no_grad()
 def test_semantic_tokens_do_not_depend_on_the_chunks(world, monkeypatch):
     """Within one context: the same numbers are drawn at the same steps."""
-    models, request, samplings = prepare(world, "--seconds", 0.9, "--num", 2)
+    models, request, samplings = prepare(world, "--seconds", 0.9, "--num", 2, *DRAWN)
     found = []
     extend_codes = pipeline._Clips.extend_codes
 
@@ -114,7 +116,7 @@ def test_semantic_tokens_do_not_depend_on_the_chunks(world, monkeypatch):
         extend_codes(clips)
 
     monkeypatch.setattr(pipeline._Clips, "extend_codes", noted)
-    for chunks in (WHOLE, Chunks(0.1, 0.2, 0.1), Chunks(0.3, 0.3, 0.0)):
+    for chunks in (WHOLE, Chunks(5, 10, 5), Chunks(15, 15, 0)):
         found.append(None)
         list(generate_codes(models, request, samplings, chunks))
     assert found[0] == found[1] == found[2]
@@ -142,17 +144,20 @@ def test_a_long_clip_takes_the_memory_of_one_context(world, monkeypatch):
 
 def test_usual_chunks_are_one_for_what_fits(world):
     models, *_ = prepare(world)
-    assert usual_chunks(models, 0, 50) == WHOLE
-    assert usual_chunks(models, 0, 51) == Chunks(0.9, 0.65, 0.1)
-    assert usual_chunks(models, 5, 51) == Chunks(0.8, 0.65, 0.1)
-    assert usual_chunks(models, 40, 51) == Chunks(0.65, 0.65, 0.1)
+    assert Chunks.of_seconds(models, *STREAM_SECONDS) == STREAM
+    assert usual_chunks(models, 0, 50) == Chunks(50, 50, 0)
+    assert usual_chunks(models, 0, 51) == Chunks(45, 33, 5)
+    assert usual_chunks(models, 5, 51) == Chunks(40, 33, 5)
+    assert usual_chunks(models, 40, 51) == Chunks(33, 33, 5)
+    models.states["coarse"]["crop_seconds"] = 1.03  # frames that no share of a second makes
+    assert usual_chunks(models, 0, 60) == Chunks(47, 34, 5)
 
 
 def test_a_clip_does_not_depend_on_its_batch_or_its_chunks_company(world):
-    models, together, samplings = prepare(world, "--seconds", 1.6, "--num", 4)
+    models, together, samplings = prepare(world, "--seconds", 1.6, "--num", 4, *DRAWN)
     *_, codes = generate_codes(models, together, samplings, STREAM)
     for n in (3, 1):
-        models, alone, samplings = prepare(world, "--seconds", 1.6, "--seed", n)
+        models, alone, samplings = prepare(world, "--seconds", 1.6, "--seed", n, *DRAWN)
         *_, own = generate_codes(models, alone, samplings, STREAM)
         assert torch.equal(own[0], codes[n])
 
@@ -168,13 +173,16 @@ def test_ctrl_c_leaves_what_is_finished(world, tmp_path, monkeypatch, capsys):
             yield codes
 
     monkeypatch.setattr(module, "generate_codes", interrupted)
-    (file,) = module.sample(parse(world, tmp_path / "y.wav", "--seconds", 3, "--seed", 3))
+    with pytest.raises(SystemExit) as stopped:
+        module.sample(parse(world, tmp_path / "y.wav", "--seconds", 3, "--seed", 3))
+    assert stopped.value.code == 130
+    file = tmp_path / "y.wav"
     record = json.loads((tmp_path / "y.json").read_text())
     assert record["complete"] is False
     assert soundfile.info(file).duration == record["seconds"][0] == 0.9 + 0.66
     assert "1.56 s, as far as it was finished" in capsys.readouterr().out
     monkeypatch.setattr(module, "generate_codes", lambda *_: iter(interrupted_at_once, None))
-    with pytest.raises(ValueError, match="nothing is written"):
+    with pytest.raises(KeyboardInterrupt):  # which a command ends with, too
         module.sample(parse(world, tmp_path / "z.wav"))
     assert not (tmp_path / "z.wav").exists()
 
@@ -204,12 +212,13 @@ def test_a_streamed_command_sends_the_sound_that_it_writes(world, tmp_path, monk
 
 
 def test_a_pipe_that_nobody_reads_stops_nothing():
-    class Closed(io.BytesIO):
-        def write(self, _):
-            raise BrokenPipeError
-
-    stream = WavStream(Closed(), RATE)
-    stream.write(torch.zeros(1, 10))
+    """Nor does it fail later, when what is buffered is to be sent."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as file:
+        stream = WavStream(file, RATE)
+        assert stream.file is None
+        stream.write(torch.zeros(1, 10))
     whole = io.BytesIO()
     WavStream(whole, RATE).write(torch.tensor([[0.0, 1.0, -2.0]]))
     assert np.frombuffer(whole.getvalue()[44:], "<i2").tolist() == [0, 32767, -32767]
@@ -222,3 +231,34 @@ def test_a_prompt_is_continued_by_chunks(world, tmp_path):
     assert torch.equal(first[0][:, :25], request.codes[0])
     assert 25 < first[0].shape[1] <= 45
     assert torch.equal(last[0][:, : first[0].shape[1]], first[0])
+
+
+def test_a_prompt_is_cut_for_the_semantic_stage_alone(world, tmp_path, capsys):
+    """The others go on in windows of their own; a cut prompt does not begin where a recording does."""
+    wav = save_wav(tmp_path / "x.wav", 1.2)
+    arguments = parse(world, "y.wav", "--prompt", wav, "--prompt-seconds", 0.8, "--seconds", 0.5)
+    models = module.load_models(arguments, torch.device("cpu"))
+    models.states["fine"]["crop_seconds"] = models.states["coarse"]["crop_seconds"] = 0.3
+    request, prompt = module.make_request(arguments, models)
+    assert request.codes[0].shape == (4, 40)
+    assert request.first_frame == prompt.first_frame == 0
+    assert "context" not in capsys.readouterr().out
+    arguments.prompt_seconds = None
+    request, prompt = module.make_request(arguments, models)
+    assert request.codes[0].shape == (4, 25)
+    assert torch.equal(
+        request.codes[0], module.encode_prompt(str(wav), None, models).codes[:, -25:]
+    )
+    assert request.first_frame == 35
+    assert len(request.semantics[0]) == 25
+    begins = []
+    generate = pipeline.extend.__globals__["generate"]
+
+    def watched(*arguments, **others):
+        begins.append(arguments[6][0])
+        return generate(*arguments, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pipeline.extend.__globals__, "generate", watched)
+        list(generate_codes(models, request, read_samplings(arguments)))
+    assert min(begins) == 35  # so every window says MIDDLE, none START

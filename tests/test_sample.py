@@ -155,10 +155,10 @@ def test_of_a_prompt_longer_than_the_context_the_last_part_is_taken(world, tmp_p
     save_wav(tmp_path / "x.wav", 1.4)
     words = ("--prompt", tmp_path / "x.wav", "--seconds", 0.4)
     (file,) = run(world, tmp_path / "y.wav", *words)
-    said = "1.4 s are more than the stages can continue, which were trained on 1 s at a time: its "
+    said = "1.4 s fill the context of the semantic stage, which was trained on 1 s at a time: its "
     assert f"{said}last 0.5 s are the prompt" in capsys.readouterr().out
     record = json.loads((tmp_path / "y.json").read_text())
-    assert record["prompt"]["seconds"] == 0.5
+    assert record["prompt"] == {"path": words[1].__fspath__(), "first_second": 0.9, "seconds": 0.5}
     clip, again = read(file), read(tmp_path / record["reconstruction"])
     assert 0.5 * RATE <= len(clip) <= 0.9 * RATE
     middle = slice(int(0.2 * RATE), int(0.4 * RATE))  # the codec has forgotten how it began
