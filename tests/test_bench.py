@@ -160,8 +160,8 @@ def test_processes_share_the_clips_that_are_trained_one_by_one(monkeypatch):
             words for name, words in bench_train.variants(config, []).items() if "one" in name
         )
         assert slow[-1] == f"train.num_micro_batches={expected}"
+    monkeypatch.setattr(bench_train, "installed_peers", lambda: ["x"])
     with pytest.raises(ValueError, match="leave out accelerate launch"):
-        monkeypatch.setattr(bench_train, "installed_peers", lambda: ["x"])
         bench.main(["train", "--config", RECIPE, "--peers"])
 
 

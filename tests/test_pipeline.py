@@ -234,7 +234,7 @@ def test_a_prompt_is_continued_by_chunks(world, tmp_path):
 
 
 def test_a_prompt_is_cut_for_the_semantic_stage_alone(world, tmp_path, capsys):
-    """The others go on in windows of their own; a cut prompt does not begin where a recording does."""
+    """The others go on in windows of their own; a cut prompt is no recording's beginning."""
     wav = save_wav(tmp_path / "x.wav", 1.2)
     arguments = parse(world, "y.wav", "--prompt", wav, "--prompt-seconds", 0.8, "--seconds", 0.5)
     models = module.load_models(arguments, torch.device("cpu"))
