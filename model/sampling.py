@@ -117,12 +117,7 @@ def generate(
         steps[place_of, j], totals[place_of] = codes, rows.num_frames
         active = _frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames
         num_active = int(active.sum())
-        done = _frame(stage, j, -1)  # the frame that this step may have completed
-        if (
-            on_frame
-            and done >= 0
-            and (layout.pattern == "delay" or (j + 1) % len(stage.heads) == 0)
-        ):
+        if on_frame and (done := _completed(stage, j)) is not None:
             on_frame(int((done + rows.prompt_frames < rows.num_frames).sum()))
         if num_active == 0:
             break
@@ -187,6 +182,13 @@ def _frame(stage: Stage, step: int, slot: int) -> int:
     if stage.layout.pattern == "flatten":
         return step // stage.layout.num_codebooks
     return step - slot % stage.layout.num_codebooks
+
+
+def _completed(stage: Stage, step: int) -> int | None:
+    """The frame, counted from the end of the prompt, whose last code `step` draws."""
+    last = (step + 1) % stage.layout.num_codebooks == 0 or stage.layout.pattern == "delay"
+    frame = _frame(stage, step, -1)
+    return frame if last and frame >= 0 else None
 
 
 def _draw_step(stage: Stage, hidden: Tensor, j: int, rows: _Rows, sampling: Sampling) -> Tensor:

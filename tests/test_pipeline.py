@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import sys
 from itertools import pairwise
 
@@ -163,13 +162,13 @@ def test_a_clip_does_not_depend_on_its_batch_or_its_chunks_company(world):
 
 
 def test_ctrl_c_leaves_what_is_finished(world, tmp_path, monkeypatch, capsys):
-    """A signal in the third chunk: the first two are written, and the record says so."""
+    """In the third chunk: the first two are written, and the record says so."""
     generate = module.generate_codes
 
     def interrupted(*arguments):
         for n, codes in enumerate(generate(*arguments)):
             if n == 2:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             yield codes
 
     monkeypatch.setattr(module, "generate_codes", interrupted)
@@ -188,7 +187,7 @@ def test_ctrl_c_leaves_what_is_finished(world, tmp_path, monkeypatch, capsys):
 
 
 def interrupted_at_once():
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
 
 def test_a_streamed_command_sends_the_sound_that_it_writes(world, tmp_path, monkeypatch, capfd):
