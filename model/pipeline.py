@@ -121,16 +121,13 @@ def continuation(
     models: Models, prompt: Prompt | None, seconds: float, seeds: list[int]
 ) -> Request:
     """At most `seconds` of new audio after a prompt, or from nothing."""
-    N, frame_rate = len(seeds), models.codec.frame_rate
-    nothing = torch.empty(0, dtype=torch.long), torch.empty(0, 0, dtype=torch.long)
-    semantic, codes = (prompt.semantic, prompt.codes) if prompt else nothing
-    if not prompt:
-        codes = codes.reshape(models.codec.num_codebooks, 0)  # [K,0]
-    semantic = models.read(semantic)
+    N, frame_rate, K = len(seeds), models.codec.frame_rate, models.codec.num_codebooks
+    if prompt is None:
+        prompt = Prompt(torch.empty(0, dtype=torch.long), torch.empty(K, 0, dtype=torch.long))
+    semantic, codes = models.read(prompt.semantic), prompt.codes
     most = semantic.shape[0] + whole(seconds * frame_rate * float(models.semantic_rate))
     limit = codes.shape[1] + whole(seconds * frame_rate)
-    first = prompt.first_frame if prompt else 0
-    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds, first)
+    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds, prompt.first_frame)
 
 
 def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Request:
