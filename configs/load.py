@@ -48,7 +48,13 @@ def check_same_config(saved: Path, config: object, changeable: re.Pattern) -> No
     `changeable` aside; no file, no objection."""
     if not saved.is_file():
         return
-    before, now = _flat(asdict(load_config(type(config), saved))), _flat(asdict(config))
+    try:
+        before, now = _flat(asdict(load_config(type(config), saved))), _flat(asdict(config))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; the run was begun with another version of the code: resume it with that one, "
+            "or begin a new run with out=..."
+        ) from None
     changes = [
         f"{key}: {before[key]} -> {now[key]}"
         for key in now

@@ -182,6 +182,14 @@ def test_a_model_of_another_version_is_refused(tokens, tmp_path, monkeypatch):
         load_stage(tmp_path / "run")
 
 
+def test_a_run_of_another_version_is_not_resumed(tokens, tmp_path):
+    train(config(tokens, tmp_path / "run", "train.steps=2"))
+    saved = tmp_path / "run/config.yaml"
+    saved.write_text(saved.read_text().replace("  kernels:", "  compile:"))
+    with pytest.raises(ValueError, match=r"config.yaml: .*compile.* another version of the code"):
+        train(config(tokens, tmp_path / "run", "train.steps=4"), resume=True)
+
+
 def test_a_damaged_checkpoint_names_the_last_whole_one(tokens, tmp_path):
     out = tmp_path / "run"
     train(config(tokens, out))
