@@ -52,8 +52,8 @@ def check_same_config(saved: Path, config: object, changeable: re.Pattern) -> No
         before, now = _flat(asdict(load_config(type(config), saved))), _flat(asdict(config))
     except ValueError as error:
         raise ValueError(
-            f"{error}; the run was begun with another version of the code: resume it with that one, "
-            "or begin a new run with out=..."
+            f"{error}; the run was begun with another version of the code: resume it with that "
+            "one, or begin a new run with out=..."
         ) from None
     changes = [
         f"{key}: {before[key]} -> {now[key]}"
