@@ -147,6 +147,18 @@ def test_every_player_holds_sound_and_is_labelled(page: str):
     assert all(image["alt"] and image["src"] for image in Page(page).all("img"))
 
 
+def test_a_prompt_that_was_cut_is_said_to_be_the_last_part(tmp_path, monkeypatch):
+    run, samples = write_run(tmp_path / "a"), write_samples(tmp_path / "samples")
+    record = json.loads((samples / "continuation.json").read_text())
+    record["prompt"]["first_second"] = 0.75
+    (samples / "continuation.json").write_text(json.dumps(record))
+    out = tmp_path / "index.html"
+    arguments = ["report", str(run), "--samples", str(samples), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    report.main()
+    assert "Given: the last 0.2 s of &lt;x&gt;" in out.read_text(encoding="utf-8")
+
+
 def test_page_says_what_was_asked_and_marks_the_prompt(page: str):
     assert page.count("<h2>Listen</h2>") == 1
     assert page.index("Unprompted") < page.index("Continuation")
