@@ -111,3 +111,30 @@ def test_sizes_that_cannot_be_are_errors():
         build(num_kv_heads=3)
     with pytest.raises(ValueError, match="even"):
         build(head_dim=7)
+
+
+def test_what_a_layer_keeps_for_its_backward_pass():
+    """In bf16, for each place: two normalised inputs and their scales, q, k and v, attention's
+    output and its log-sums, the gate and the value. 19,528 bytes in the 270 M recipe, where plain
+    autograd kept 47,024: memory is what limits a batch."""
+    sizes = {"dim": 64, "num_heads": 4, "head_dim": 16, "num_kv_heads": 1, "ff_dim": 192}
+
+    def kept(num_layers):
+        model = build("flash", num_layers=num_layers, **sizes)
+        own, found = {p.data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: no address twice
+            return tensor
+
+        x = torch.randn(1, 32, 64, requires_grad=True)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(x, positions(0, 32))
+        return sum(size for size, _ in found.values())
+
+    weights = 2 * (64 * 96 + 64 * 64 + 64 * 384 + 192 * 64)  # their copies in bf16
+    a_place = 2 * (2 * 64 + (4 + 2) * 16 + 4 * 16 + 2 * 192) + 4 * (2 + 4)
+    assert kept(3) - kept(1) == 2 * (weights + 32 * a_place)
