@@ -135,6 +135,7 @@ class Attend(nn.Module):
         if backends == ("triton",):
             from model.attend_triton import attend_triton  # here: not every machine has Triton
 
+            assert not (self.dropout and self.training), "no dropout there: select_backends says so"
             return attend_triton(q, k, v, mask, attn_bias, self.causal)
         if backends == ("cudnn",) and k.shape[2] == 1:  # its kernel takes no single key
             k, v, mask, attn_bias = _with_masked_key(k, v, mask, attn_bias)
