@@ -33,18 +33,11 @@ KERNELS = {
 class Segments:
     """Clips one after another in a row of M places, each of which attends to itself alone.
 
-    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device;
-    `longest`, no less than any length, and seldom another number: compiled code is made for one.
+    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device.
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: tuple[int, ...], bounds: Tensor) -> "Segments":
-        longest = 256 * -(-max(lengths) // 256)
-        return cls(() if bounds.is_cuda else lengths, bounds, longest)
 
 
 class Attend(nn.Module):
@@ -102,7 +95,7 @@ class Attend(nn.Module):
             pieces = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
             return torch.cat([self(*piece) for piece in pieces], dim=2)
         q, k, v = (rearrange(x, "1 h m d -> m h d") for x in (q, k, v))
-        ends, sizes = (segments.bounds, segments.bounds), (segments.longest, segments.longest)
+        ends, sizes = (segments.bounds, segments.bounds), [max(segments.lengths)] * 2
         dropout = self.dropout if self.training else 0.0
         flash = torch.ops.aten._flash_attention_forward  # varlen_attn is this without dropout
         out = flash(q, k, v, *ends, *sizes, dropout, self.causal, False)[0]
@@ -185,7 +178,7 @@ class Attend(nn.Module):
 
 def _only(backends: tuple[str, ...], q: Tensor) -> AbstractContextManager:
     """PyTorch shall use these kernels, in this order. On a CPU both, flash first, are its own
-    choice: being told so would take a tenth of a decoding step."""
+    choice: being told so would take as long as the attention of a short decoding step."""
     if not q.is_cuda and backends == ("flash", "math"):
         return nullcontext()
     return sdpa_kernel([KERNELS[name] for name in backends], set_priority=True)

@@ -5,8 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-SDP = ("cudnn", "flash", "efficient", "math")  # PyTorch's
-BACKENDS = ("auto", "einsum", *SDP, "triton")
+BACKENDS = ("auto", "einsum", "cudnn", "flash", "efficient", "math", "triton")
 HALF = (torch.float16, torch.bfloat16)
 PACKED_BELOW = 0.8  # of a padded batch holds tokens: then packing saves a fifth or more
 

@@ -94,27 +94,23 @@ def choose_kernels(wanted: str, device_type: str) -> tuple[str, str]:
 
     Triton builds a small C program when it first runs, so a GPU alone is not enough.
     """
-    missing = []
-    if wanted != "plain":
-        if (wanted == "triton" or device_type == "cuda") and not find_spec("triton"):
-            missing.append("triton")
-        compilers = ("gcc", "clang") if device_type == "cuda" else ("g++",)
-        named = os.environ.get("CC" if device_type == "cuda" else "CXX")
-        if not any(shutil.which(name) for name in (named, *compilers) if name):
-            missing.append("a C compiler" if device_type == "cuda" else "a C++ compiler")
-        if wanted == "triton" and device_type != "cuda":
-            missing.append("a CUDA GPU")
-    lacks = " and ".join(missing)
-    if wanted == "auto" and device_type != "cuda":
+    gpu, missing = device_type == "cuda", []
+    if wanted == "auto" and not gpu:
         return "plain", f"{device_type}: its pieces are small beside their products"
-    if wanted == "auto":  # until a GPU has timed the others
-        hint = (
-            f"the others need {lacks}"
-            if lacks
-            else "train.kernels=triton or compiled may be faster"
-        )
-        return "plain", f"CUDA; {hint}"
-    if lacks:
+    if wanted == "auto":  # until one has timed the others
+        return "plain", "on a GPU train.kernels=triton or compiled may be faster"
+    if wanted == "plain":
+        return wanted, "as configured"
+    if (gpu or wanted == "triton") and not find_spec("triton"):
+        missing.append("triton")
+    named = os.environ.get("CC" if gpu else "CXX")
+    compilers = (named, *(("gcc", "clang") if gpu else ("g++",)))
+    if not any(shutil.which(name) for name in compilers if name):
+        missing.append("a C compiler" if gpu else "a C++ compiler")
+    if wanted == "triton" and not gpu:
+        missing.append("a CUDA GPU")
+    if missing:
+        lacks = " and ".join(missing)
         raise ValueError(f"train.kernels={wanted} needs {lacks}; set train.kernels=plain")
     return wanted, "as configured"
 

@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +109,7 @@ class Chunks:
 
     @classmethod
     def of_seconds(cls, models: "Models", first: float, then: float, ahead: float) -> "Chunks":
-        return cls(*(whole(s * models.codec.frame_rate) for s in (first, then, ahead)))
+        return cls(*(whole_frames(s * models.codec.frame_rate) for s in (first, then, ahead)))
 
 
 STREAM_SECONDS = (0.4, 0.8, 0.4)  # a first chunk soon, then longer ones, which cost less
@@ -125,8 +123,8 @@ def continuation(
     if prompt is None:
         prompt = Prompt(torch.empty(0, dtype=torch.long), torch.empty(K, 0, dtype=torch.long))
     semantic, codes = models.read(prompt.semantic), prompt.codes
-    most = semantic.shape[0] + whole(seconds * frame_rate * float(models.semantic_rate))
-    limit = codes.shape[1] + whole(seconds * frame_rate)
+    most = semantic.shape[0] + whole_frames(seconds * frame_rate * float(models.semantic_rate))
+    limit = codes.shape[1] + whole_frames(seconds * frame_rate)
     return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds, prompt.first_frame)
 
 
@@ -181,28 +179,27 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
     Of a causal codec chunk by chunk, of another one all at the end: the same samples as decoding
     each clip at once.
     """
-    codec, streams, decoded, codes = models.codec, None, None, []
-    silence = torch.empty(1, 0, device=models.device)
+    codec, silence = models.codec, torch.empty(1, 0, device=models.device)
+    if not codec.config.causal:
+        *_, codes = chunks
+        yield [codec.decode(clip[None].to(models.device))[0] for clip in codes]
+        return
+    streams: list[CodecStream] = []
     for codes in chunks:
-        if not codec.config.causal:
-            continue
-        streams = streams or [CodecStream(codec) for _ in codes]
-        decoded = decoded or [0] * len(codes)
+        if not streams:
+            streams, decoded = [CodecStream(codec) for _ in codes], [0] * len(codes)
         fresh = [clip[:, n:].to(models.device) for clip, n in zip(codes, decoded, strict=True)]
         decoded = [clip.shape[1] for clip in codes]
         yield [  # [1,K,t] -> [1,1,L] -> [1,L]
             stream.push(clip[None])[0] if clip.shape[1] else silence
             for stream, clip in zip(streams, fresh, strict=True)
         ]
-    if streams is None:
-        yield [codec.decode(clip[None].to(models.device))[0] for clip in codes]
-        return
     rests = [stream.finish() for stream in streams]
     if any(rest is not None for rest in rests):
         yield [silence if rest is None else rest[0] for rest in rests]
 
 
-def whole(frames: float) -> int:
+def whole_frames(frames: float) -> int:
     """Rounded up, but for what floats add: 0.56 s are 28 frames of 20 ms, not 29."""
     return math.ceil(round(frames, 6))
 
@@ -314,13 +311,18 @@ class _Clips:
         rate, window = self.models.rate(name), self.models.window(name)
         rooms = [max(2, window - n) for n in ahead or [0] * len(given)]
         seeds = [mix_seed(seed, name) for seed in self.request.seeds]
-        heard = partial(_heard, self.on_audio, name, float(rate))
         overlap = min(int(OVERLAP * window), *(room - 1 for room in rooms))
         first = self.request.first_frame * (self.models.semantic_rate if name == "semantic" else 1)
-        arguments: tuple[Any, ...] = (given, wanted, seeds, self.samplings[name], rooms, overlap)
-        return extend(self.models.stages[name], condition_of, *arguments, least, heard, int(first))
-
-
-def _heard(on_audio: OnAudio, name: str, rate: float, num_clips: int) -> None:
-    """`extend` counts clips that have grown by a frame, listeners seconds."""
-    on_audio(name, num_clips / rate)
+        return extend(
+            self.models.stages[name],
+            condition_of,
+            given,
+            wanted,
+            seeds,
+            self.samplings[name],
+            rooms,
+            overlap,
+            min_frames=least,
+            on_frame=lambda num_clips: self.on_audio(name, num_clips / float(rate)),
+            first_frame=int(first),
+        )

@@ -115,10 +115,12 @@ def generate(
         hidden = stage.hidden(ids[:, fresh], positions[:, fresh], seen, cache)[:, -1]  # [B,dim]
         codes = _draw_step(stage, hidden, j, rows, sampling)
         steps[place_of, j], totals[place_of] = codes, rows.num_frames
-        active = _frame(stage, j + 1, -1) + rows.prompt_frames < rows.num_frames
-        num_active = int(active.sum())
-        if on_frame and (done := _completed(stage, j)) is not None:
-            on_frame(int((done + rows.prompt_frames < rows.num_frames).sum()))
+        left = rows.num_frames - rows.prompt_frames  # [B]
+        active = left > _frame(stage, j + 1, -1)
+        there = torch.stack([active, left > _frame(stage, j, -1)])  # read at one go
+        num_active, num_grown = there.sum(dim=1).tolist()
+        if on_frame and _completes(stage, j):
+            on_frame(num_grown)
         if num_active == 0:
             break
         ids, num_fresh = torch.cat([ids, _to_ids(stage, codes, j)], dim=1), 1
@@ -184,11 +186,10 @@ def _frame(stage: Stage, step: int, slot: int) -> int:
     return step - slot % stage.layout.num_codebooks
 
 
-def _completed(stage: Stage, step: int) -> int | None:
-    """The frame, counted from the end of the prompt, whose last code `step` draws."""
-    last = (step + 1) % stage.layout.num_codebooks == 0 or stage.layout.pattern == "delay"
-    frame = _frame(stage, step, -1)
-    return frame if last and frame >= 0 else None
+def _completes(stage: Stage, step: int) -> bool:
+    """Whether `step` draws the last code of a frame."""
+    K = stage.layout.num_codebooks
+    return step >= K - 1 if stage.layout.pattern == "delay" else (step + 1) % K == 0
 
 
 def _draw_step(stage: Stage, hidden: Tensor, j: int, rows: _Rows, sampling: Sampling) -> Tensor:

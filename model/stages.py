@@ -167,7 +167,7 @@ class Stage(nn.Module):
         """
         segments = None
         if batch.bounds is not None:
-            segments = Segments.of(batch.lengths, batch.bounds)
+            segments = Segments(batch.lengths, batch.bounds)
         hidden = self.hidden(batch.ids, batch.positions, segments=segments)
         hidden = hidden.flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
         if self.layout.pattern == "flatten":  # one for all heads: its gradient is filled once

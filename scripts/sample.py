@@ -153,9 +153,7 @@ class Progress:
     faster than real time they come."""
 
     def __init__(self, models: Models, request: Request):
-        self.num_stages = len(models.stages) - (request.num_semantic is None) * (
-            "semantic" in models.stages
-        )
+        self.num_stages = len(models.stages)
         given = sum(clip.shape[1] for clip in request.codes)
         seconds = (sum(request.num_frames) - given) / models.codec.frame_rate
         self.bar = tqdm(total=round(seconds, 1), bar_format=BAR, disable=None, leave=None)

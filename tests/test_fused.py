@@ -137,7 +137,7 @@ def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(mon
     with pytest.raises(ValueError, match=r"train.kernels=triton needs a CUDA GPU"):
         choose_kernels("triton", "cpu")
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert choose_kernels("auto", "cuda") == ("plain", "CUDA; the others need a C compiler")
+    assert choose_kernels("auto", "cuda")[0] == "plain"
     with pytest.raises(ValueError, match=r"train.kernels=compiled needs a C\+\+ compiler; set"):
         choose_kernels("compiled", "cpu")
     monkeypatch.setattr("model.fused.find_spec", lambda _: None)

@@ -18,7 +18,7 @@ FLASH = AttentionChoice(("flash", "math"), "test")
 
 
 def segments(device="cpu"):
-    return Segments.of(LENGTHS, torch.tensor([0, *LENGTHS], device=device).cumsum(0).int())
+    return Segments(LENGTHS, torch.tensor([0, *LENGTHS], device=device).cumsum(0).int())
 
 
 def crops(seed=0):
@@ -83,9 +83,7 @@ def test_one_call_of_the_flash_kernel_equals_one_for_each_segment(heads):
     )
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    out = Attend(causal=True, flash=True, choice=FLASH)(
-        q, k, v, segments=Segments.of(lengths, bounds)
-    )
+    out = Attend(causal=True, flash=True, choice=FLASH)(q, k, v, segments=Segments(lengths, bounds))
     alone = Attend(causal=True)
     pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     wanted = torch.cat([alone(*piece) for piece in pieces], dim=2)
@@ -107,12 +105,6 @@ def test_packing_is_chosen_where_it_saves_and_can_be_done():
         with pytest.raises(ValueError, match=r"data.packed=true needs PyTorch's flash kernel"):
             choose_packing(True, 0.5, choice, "cuda", head_dim)
     assert choose_packing(False, 0.5, FLASH, "cuda", 64) == (False, "as configured")
-
-
-def test_the_longest_is_a_round_number():
-    assert segments().longest == 256
-    assert Segments.of((256, 3), torch.tensor(0)).longest == 256
-    assert Segments.of((3, 257), torch.tensor(0)).longest == 512
 
 
 def test_a_packed_run_learns_what_a_padded_one_does(tokens, tmp_path):

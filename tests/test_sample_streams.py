@@ -28,14 +28,14 @@ def calls(monkeypatch):
     """{stage: what `extend` was asked: the condition of each (row, a, b), and gave in the end}."""
     found, extend = {}, pipeline.extend
 
-    def recorded(stage, condition_of, *others):
+    def recorded(stage, condition_of, *others, **options):
         conditions = found.get(stage.spec.name, {"conditions": {}})["conditions"]
 
         def asked(*place):
             conditions[place] = condition_of(*place)
             return conditions[place]
 
-        made = extend(stage, asked, *others)
+        made = extend(stage, asked, *others, **options)
         found[stage.spec.name] = {"conditions": conditions, "made": made, "most": others[1]}
         return made
 
