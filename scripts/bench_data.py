@@ -5,15 +5,20 @@ import tempfile
 import time
 from functools import partial
 from itertools import islice, product
-from pathlib import Path
 
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.dataset import TrainBatches, make_loader
 from data.shards import TokenFolder, semantic_rate
 from model.stages import stage_spec
-from scripts.bench_tools import report, write_random_tokens
+from scripts.bench_tools import cells, report, with_tokens
 from train import encode
+
+COLUMNS = {
+    "batches_per_second": ("batches/s", ",.1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "filled": ("filled", ".0%"),
+}
 
 
 def time_loader(config: RunConfig, num_workers: int, packed: bool, num_batches: int) -> dict:
@@ -50,18 +55,14 @@ def time_loader(config: RunConfig, num_workers: int, packed: bool, num_batches: 
 def bench_data(parsed: argparse.Namespace) -> None:
     """Some numbers of workers side by side; 0 reads in the training process, the baseline."""
     with tempfile.TemporaryDirectory() as scratch:
-        overrides = [*parsed.overrides, f"out={scratch}/run"]
-        if not any(word.startswith("data.tokens=") for word in overrides):
-            seconds = load_config(RunConfig, parsed.config, overrides).data.crop_seconds
-            overrides.append(f"data.tokens={write_random_tokens(Path(scratch, 'tokens'), seconds)}")
+        overrides = [f"out={scratch}/run", *with_tokens(parsed.config, parsed.overrides, scratch)]
         config = load_config(RunConfig, parsed.config, overrides)
         kinds = product(parsed.workers, (False, True))
         rows = [time_loader(config, *kind, parsed.batches) for kind in kinds]
-    columns = {"batches_per_second": ",.1f", "tokens_per_second": ",.0f", "filled": ".0%"}
-    table = [["workers", "packed", "batches/s", "tokens/s", "filled"]]
+    table = [["workers", "packed", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         kind = [str(row["num_workers"]), "yes" if row["packed"] else "no"]
-        table.append([*kind, *(format(row[k], f) for k, f in columns.items())])
+        table.append([*kind, *cells(row, COLUMNS)])
     report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
 
 

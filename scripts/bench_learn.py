@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -59,10 +60,16 @@ def train_one(recipe: str, overrides: list[str], out: Path) -> Curve:
     return read_curve(out / "log.jsonl")
 
 
-def spread(values: list[float], digits: str) -> str:
+def spread(values: Sequence[float], digits: str) -> str:
     """Mean and, of several, the half of the range."""
     half = (max(values) - min(values)) / 2
     return f"{statistics.fmean(values):{digits}}" + f" ± {half:{digits}}" * (len(values) > 1)
+
+
+def by_name(rows: list[dict]) -> dict[str, list[dict]]:
+    """The seeds of each variant."""
+    names = dict.fromkeys(row["name"] for row in rows)
+    return {name: [row for row in rows if row["name"] == name] for name in names}
 
 
 def summarise(rows: list[dict], target: float) -> list[list[str]]:
@@ -70,21 +77,16 @@ def summarise(rows: list[dict], target: float) -> list[list[str]]:
     table = [["", "best loss", "ms/step", f"steps to {target:.3f}", "seconds"]]
     for row in rows:
         row["reached"] = reached(row["curve"], target)
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name]
-        there = [row["reached"] for row in own if row["reached"]]
-        lasts = [row["curve"][-1] for row in own]
-        cells = (
-            [spread([steps for steps, _ in there], ",.0f"), spread([s for _, s in there], ".1f")]
-            if there
-            else ["-", "-"]
-        )
-        if 0 < len(there) < len(own):
-            cells = [f"{cell} ({len(there)} of {len(own)})" for cell in cells]
-        speeds = [1e3 * seconds / step for step, seconds, _ in lasts]
-        table.append(
-            [name, spread([row["best"] for row in own], ".3f"), spread(speeds, ".1f"), *cells]
-        )
+    for name, own in by_name(rows).items():
+        found, when = [row["reached"] for row in own if row["reached"]], ["-", "-"]
+        if found:
+            steps, seconds = zip(*found, strict=True)
+            when = [spread(steps, ",.0f"), spread(seconds, ".1f")]
+        if 0 < len(found) < len(own):
+            when = [f"{cell} ({len(found)} of {len(own)})" for cell in when]
+        speeds = [1e3 * row["curve"][-1][1] / row["curve"][-1][0] for row in own]
+        best = spread([row["best"] for row in own], ".3f")
+        table.append([name, best, spread(speeds, ".1f"), *when])
     return table
 
 
@@ -94,13 +96,11 @@ def draw(rows: list[dict], target: float, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_step, by_second = figure.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for row in rows:
-        steps, seconds, losses = zip(*row["curve"], strict=True)
-        colour = f"C{names.index(row['name'])}"
-        label = row["name"] if row is next(r for r in rows if r["name"] == row["name"]) else None
-        by_step.plot(steps, losses, colour, label=label, linewidth=1)
-        by_second.plot(seconds, losses, colour, linewidth=1)
+    for number, (name, own) in enumerate(by_name(rows).items()):
+        for label, row in zip([name, *[None] * len(own)], own, strict=False):
+            steps, seconds, losses = zip(*row["curve"], strict=True)
+            by_step.plot(steps, losses, f"C{number}", label=label, linewidth=1)
+            by_second.plot(seconds, losses, f"C{number}", linewidth=1)
     for axis, unit in ((by_step, "steps"), (by_second, "seconds of training")):
         axis.axhline(target, color="grey", linewidth=0.8, linestyle="--")
         axis.set_xlabel(unit)

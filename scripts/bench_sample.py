@@ -23,7 +23,7 @@ from model.pipeline import (
 )
 from model.sampling import Sampling, generate
 from model.stages import Stage, stage_spec
-from scripts.bench_tools import CODEC, SEMANTIC, report
+from scripts.bench_tools import CODEC, SEMANTIC, cells, median_ms, report
 from scripts.cli import find_device
 
 SAMPLING = Sampling(temperature=0.8, top_k=100)
@@ -54,8 +54,7 @@ def copied_per_second(device: torch.device) -> float:
     could come near to."""
     x = torch.ones(2**26 if device.type == "cuda" else 2**24, device=device)
     y = torch.empty_like(x)
-    seconds = min(timed(lambda: y.copy_(x), device) for _ in range(5))
-    return 2 * x.nbytes / seconds
+    return 2 * x.nbytes / (1e-3 * median_ms(lambda: y.copy_(x)))
 
 
 def timed(function: Any, device: torch.device) -> float:
@@ -165,9 +164,7 @@ def bench_sample(parsed: argparse.Namespace) -> None:
         rows.append({"name": "the same, streamed", "batch": 1, **figures})
     table = [["", "batch", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
-        values = {key: row.get(key) for key in COLUMNS}
-        cells = ["-" if v is None else format(v, COLUMNS[key][1]) for key, v in values.items()]
-        table.append([row["name"], str(row["batch"]), *cells])
+        table.append([row["name"], str(row["batch"]), *cells(row, COLUMNS)])
     facts = {"configs": [parsed.config, *recipes], "seconds": parsed.seconds}
     report(rows, table, parsed, **facts, copied_gb_per_second=copying / 1e9)
 

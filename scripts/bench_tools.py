@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from configs.files import write_json
+from configs.load import load_config
+from configs.schema import RunConfig
 from data.shards import EncodedClip, write_header, write_shard
 from scripts.clips import align
 from scripts.run_log import environment
@@ -80,6 +82,20 @@ def write_random_tokens(folder: Path, seconds: float) -> Path:
     write_shard(folder, 0, clips, [])
     write_header(folder, CODEC, SEMANTIC, num_shards=1)
     return folder
+
+
+def with_tokens(recipe: str, overrides: list[str], scratch: str) -> list[str]:
+    """The overrides, with a folder of random tokens where they name none."""
+    if any(word.startswith("data.tokens=") for word in overrides):
+        return list(overrides)
+    seconds = load_config(RunConfig, recipe, overrides).data.crop_seconds
+    return [*overrides, f"data.tokens={write_random_tokens(Path(scratch, 'tokens'), seconds)}"]
+
+
+def cells(row: dict, columns: dict[str, tuple[str, str]]) -> list[str]:
+    """A row's figures as the table shows them; columns: key -> (heading, format)."""
+    values = ((row.get(key), form) for key, (_, form) in columns.items())
+    return ["-" if value is None else format(value, form) for value, form in values]
 
 
 def report(rows: list[dict], table: list[list[str]], parsed: argparse.Namespace, **facts) -> None:

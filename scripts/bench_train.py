@@ -13,7 +13,7 @@ import torch
 from configs.load import load_config
 from configs.schema import RunConfig
 from scripts.bench_peers import installed_peers, time_peer
-from scripts.bench_tools import WARM_UP, compared, report, write_random_tokens
+from scripts.bench_tools import WARM_UP, cells, compared, report, with_tokens
 from scripts.run_log import peak_flops
 
 COLUMNS = {
@@ -120,10 +120,7 @@ def bench_train(parsed: argparse.Namespace) -> None:
         raise ValueError("--peers: they are trained on one GPU alone; leave out accelerate launch")
     main = os.environ.get("RANK", "0") == "0"
     with tempfile.TemporaryDirectory() as scratch:
-        overrides = list(parsed.overrides)
-        if not any(word.startswith("data.tokens=") for word in overrides):
-            seconds = load_config(RunConfig, parsed.config, overrides).data.crop_seconds
-            overrides.append(f"data.tokens={write_random_tokens(Path(scratch, 'tokens'), seconds)}")
+        overrides = with_tokens(parsed.config, parsed.overrides, scratch)
         chosen = variants(load_config(RunConfig, parsed.config, overrides), parsed.compare)
         for words in chosen.values():  # a typo is an error before anything is timed
             load_config(RunConfig, parsed.config, [*overrides, *words])
@@ -144,10 +141,8 @@ def bench_train(parsed: argparse.Namespace) -> None:
         return
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
-        values = {key: row.get(key) for key in COLUMNS}
         batch = f", batch {row['batch_size']}" if "batch_size" in row else ""
-        cells = ["-" if v is None else format(v, COLUMNS[key][1]) for key, v in values.items()]
-        table.append([row["name"] + batch, *cells])
+        table.append([row["name"] + batch, *cells(row, COLUMNS)])
     report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
 
 
