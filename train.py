@@ -35,7 +35,7 @@ from configs.schema import RunConfig
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import TokenFolder, semantic_rate
-from model.backends import choose_packing, resolve
+from model.backends import capability_of, choose_packing, resolve
 from model.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -119,7 +119,8 @@ class Training:
         self.packed = choose_packing(
             config.data.packed, filled, self.attention, process.device.type, head_dim
         )
-        self.kernels = choose_kernels(config.train.kernels, process.device.type)
+        kind, capability = process.device.type, capability_of(process.device)
+        self.kernels = choose_kernels(config.train.kernels, kind, capability)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
         self.optimizer = make_optimizer(self.stage, config.optim, muon_lr=config.optim.muon_lr)

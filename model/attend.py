@@ -169,6 +169,11 @@ class Attend(nn.Module):
         if len(backends) > 1 and q.shape[2] == 1:
             # A decode step has a new k_len each time; cuDNN would build a new plan for each.
             backends = tuple(name for name in backends if name != "cudnn")
+        if len(backends) > 1 and "triton" in backends:
+            plain = mask is None and attn_bias is None
+            if not plain and q.shape[2] > 1 and not (self.dropout and self.training):
+                return ("triton",)
+            backends = tuple(name for name in backends if name != "triton")
         if backends == ("flash",) and q.is_cuda and (mask is not None or attn_bias is not None):
             raise ValueError(
                 "attention.backend=flash takes no mask or bias, this call has one; use auto"

@@ -1,5 +1,7 @@
 """Which kernels may compute attention, and whether clips are packed: chosen once, at start-up."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -38,10 +40,12 @@ def select_backends(
 
     `capability` is CUDA's (major, minor), None elsewhere. `has_*` say what the run will pass to
     Attend. ValueError: `requested` is unknown, or cannot run, with the reason. Our own kernels,
-    "triton", run where they are asked for: no GPU has timed them beside the others.
+    "triton", are for calls with a mask or bias; unasked they run where they have been timed.
     """
     if requested == "triton" and not has_triton:
-        raise ValueError("attention.backend=triton: Triton is not installed; use auto")
+        raise ValueError(
+            "attention.backend=triton needs Triton and a C compiler, here is not both; use auto"
+        )
     facts = (device_type, capability or (0, 0), dtype, head_dim)
     uses = (has_mask, has_bias, has_dropout, torch_version)
     if requested not in BACKENDS:
@@ -53,19 +57,25 @@ def select_backends(
             )
         return AttentionChoice((requested,), "as configured")
     order, reason = _preference(device_type, capability or (0, 0))
+    if not has_triton or dtype not in HALF or head_dim > 128:
+        order = tuple(name for name in order if name != "triton")
     able = tuple(name for name in order if _objection(name, *facts, *uses) is None)
     ruled_out = [f"no {n}: {_objection(n, *facts, *uses)}" for n in order if n not in able]
     return AttentionChoice(able, "; ".join([reason, *ruled_out]))
 
 
 def _preference(device_type: str, capability: tuple[int, int]) -> tuple[tuple[str, ...], str]:
-    """Fastest first. H100, bf16, causal MQA [16,16,2048,64], forward + backward, measured:
-    cuDNN 1.50 ms, flash 2.34, memory-efficient 5.09, einsum 23.6."""
+    """Fastest first; `Attend` leaves Triton to calls with a mask or bias. H100, bf16, causal MQA
+    [16,16,2048,64], forward + backward, measured: cuDNN 1.50 ms, flash 2.34, memory-efficient 5.09,
+    einsum 23.6; with a bias that has a gradient Triton 2.69."""
     if device_type == "cpu":
         return ("flash", "math"), "CPU: what PyTorch fuses there"
     if device_type != "cuda":
         return ("math",), f"{device_type}: only the portable kernel is known to hold there"
     name = f"sm_{capability[0]}{capability[1]}"
+    if capability == (9, 0):
+        order = ("cudnn", "flash", "triton", "efficient", "math")
+        return order, f"{name}: cuDNN's kernel is the fastest, with a mask or bias ours"
     if capability[0] in (9, 10):
         return ("cudnn", "flash", "efficient", "math"), f"{name}: cuDNN's kernel is the fastest"
     if capability[0] >= 8:
@@ -116,19 +126,38 @@ def _objection(
     return "head_dim must be a multiple of 8 up to 128" if head_dim % 8 or head_dim > 128 else None
 
 
+def missing_for_triton(device_type: str = "cuda") -> list[str]:
+    """What Triton, or torch.compile, would need on such a device and is not there.
+
+    Triton builds a small C program when it first runs, so a GPU alone is not enough.
+    """
+    gpu, missing = device_type == "cuda", []
+    if gpu and not find_spec("triton"):
+        missing.append("triton")
+    named = os.environ.get("CC" if gpu else "CXX")
+    compilers = (named, *(("gcc", "clang") if gpu else ("g++",)))
+    if not any(shutil.which(name) for name in compilers if name):
+        missing.append("a C compiler" if gpu else "a C++ compiler")
+    return missing
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's (major, minor), None elsewhere."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def resolve(
     device: torch.device, dtype: torch.dtype, head_dim: int, requested: str = "auto", **uses: bool
 ) -> AttentionChoice:
     """`select_backends` for the machine at hand; `uses`: has_mask, has_bias, has_dropout."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return select_backends(
         device.type,
-        capability,
+        capability_of(device),
         dtype,
         head_dim,
         torch_version=version,
-        has_triton=find_spec("triton") is not None,
+        has_triton=not missing_for_triton(),
         requested=requested,
         **uses,
     )

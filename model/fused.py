@@ -1,16 +1,18 @@
-"""What a block does between its matrix products, in three pieces with backward passes of their own.
+"""What a block does between and around its matrix products, with backward passes of its own.
 
-On a GPU these pieces wait for memory alone, so they are cut to move little of it: a branch is added
-to the residual stream where the sum is normalised, and what the backward pass can compute again
-from what is kept anyway is not kept. Each piece is written three times, with the same signature:
-plainly here (the specification), compiled from that, and by hand in `model/fused_triton.py`.
-`choose_kernels` picks one at start-up.
+On a GPU these pieces wait for memory alone, so they are cut to move little of it:
+
+- A normalised residual stream is never written down. RMSNorm without gains is one number a place,
+  and (x * scale) W = scale * (x W): whoever reads the product next multiplies by it.
+- `fork` copies the stream once, and a branch's last product is added to that copy by the product
+  itself.
+- What the backward pass can compute again from what is kept anyway is not kept.
+
+Each piece is written three times, with the same signature: plainly here (the specification),
+compiled from that, and by hand in `model/fused_triton.py`. `choose_kernels` picks one at start-up.
 """
 
-import os
-import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.backends import missing_for_triton
+
 EPS = 1e-6
 
 
 class Kernels(NamedTuple):
-    """One way to compute the pieces. N is batch and time together or apart; wide is fp32 or more.
+    """One way to compute the pieces. N is batch and time together or apart; wide is fp32 or more;
+    scale [N,1], wide, is 1 / RMS of the x [N,C] that a product read.
 
-    add_norm(x, y [N,C])                            -> x + y, it normalised [N,C], scale [N,1] wide
-    add_norm_backward(d_sum, d_normed, normed, scale)              -> d [N,C], for x and y alike
-    swiglu(gate_value [N,2F])                                                   -> product [N,F]
-    swiglu_backward(d_product, gate_value)                     -> d_gate_value [N,2F], product
-    rotate(qkv [B,T,H+2G,D], cos, sin [B|1,T,1,D/2] wide, G) -> q [B,T,H,D], k, v [B,T,G,D]
-    rotate_backward(d_q, d_k, d_v, cos, sin)                              -> d_qkv [B,T,H+2G,D]
+    fork(x [N,C])                                                  -> a copy of it, scale
+    fork_backward(d_copy, d_x, x, scale)          -> d [N,C]; d_x: through products with x
+    swiglu(gate_value [N,2F], scale)                                     -> product [N,F]
+    swiglu_backward(d_product, gate_value, scale)      -> d_gate_value [N,2F], product
+    rotate(qkv [B,T,H+2G,D], scale, cos, sin [B|1,T,1,D/2] wide, G)
+                                                     -> q [B,T,H,D], k, v [B,T,G,D]
+    rotate_backward(d_q, d_k, d_v, scale, cos, sin)              -> d_qkv [B,T,H+2G,D]
     """
 
-    add_norm: Callable[..., Any]
-    add_norm_backward: Callable[..., Any]
+    fork: Callable[..., Any]
+    fork_backward: Callable[..., Any]
     swiglu: Callable[..., Any]
     swiglu_backward: Callable[..., Any]
     rotate: Callable[..., Any]
@@ -44,73 +50,78 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
-def _add_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    total = x + y
-    wide = _wide(total)
-    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) ** 2
-    scale = torch.rsqrt(squares / x.shape[-1] + EPS)
-    return total, (wide * scale).type_as(x), scale
+def _fork(x: Tensor) -> tuple[Tensor, Tensor]:
+    squares = torch.linalg.vector_norm(_wide(x), dim=-1, keepdim=True) ** 2
+    copy = x.clone(memory_format=torch.contiguous_format)
+    return copy, torch.rsqrt(squares / x.shape[-1] + EPS)
 
 
-def _add_norm_backward(d_sum: Tensor, d_normed: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
-    d, n = _wide(d_normed), _wide(normed)
-    along = torch.linalg.vecdot(d, n)[..., None] / n.shape[-1]
-    return torch.addcmul(_wide(d_sum), d - n * along, scale).type_as(normed)
+def _fork_backward(d_copy: Tensor, d_x: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    d, wide = _wide(d_x), _wide(x)
+    along = torch.linalg.vecdot(d, wide)[..., None] * scale**2 / x.shape[-1]
+    return (_wide(d_copy) + torch.addcmul(d, wide, along, value=-1)).type_as(x)
 
 
-def _swiglu(gate_value: Tensor) -> Tensor:
-    gate, value = gate_value.chunk(2, dim=-1)
-    return F.silu(gate) * value
+def _swiglu(gate_value: Tensor, scale: Tensor) -> Tensor:
+    gate, value = (_wide(gate_value) * scale).chunk(2, dim=-1)
+    return (F.silu(gate) * value).type_as(gate_value)
 
 
-def _swiglu_backward(d_product: Tensor, gate_value: Tensor) -> tuple[Tensor, Tensor]:
-    gate, value = (_wide(x) for x in gate_value.chunk(2, dim=-1))
+def _swiglu_backward(d_product: Tensor, gate_value: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    gate, value = (_wide(gate_value) * scale).chunk(2, dim=-1)
     d, silu = _wide(d_product), F.silu(gate)
     d_gate = torch.ops.aten.silu_backward(d * value, gate)
-    d_gate_value = torch.cat([d_gate, d * silu], dim=-1).type_as(gate_value)
-    return d_gate_value, (silu * value).type_as(gate_value)
+    d_gate_value = torch.cat([d_gate, d * silu], dim=-1) * scale
+    return d_gate_value.type_as(gate_value), (silu * value).type_as(gate_value)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The pairs (x[..., d], x[..., d + D/2]) by their angles."""
-    a, b = _wide(x).chunk(2, dim=-1)  # each [...,D/2]
+def _turn(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pairs (x[..., d], x[..., d + D/2]) by their angles, times scale."""
+    a, b = (_wide(x) * scale).chunk(2, dim=-1)  # each [...,D/2]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
-def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, num_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rotate(
+    qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, num_kv: int
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.split([qkv.shape[2] - 2 * num_kv, num_kv, num_kv], dim=2)
-    return _turn(q, cos, sin), _turn(k, cos, sin), v.contiguous()
+    scale = scale[..., None]  # [B,T,1,1]
+    return _turn(q, scale, cos, sin), _turn(k, scale, cos, sin), (v * scale).type_as(v)
 
 
-def _rotate_backward(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.cat([_turn(d_q, cos, -sin), _turn(d_k, cos, -sin), d_v], dim=2)
+def _rotate_backward(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    scale = scale[..., None]
+    turned = [_turn(d, scale, cos, -sin) for d in (d_q, d_k)]
+    return torch.cat([*turned, (d_v * scale).type_as(d_v)], dim=2)
 
 
-PLAIN = Kernels(_add_norm, _add_norm_backward, _swiglu, _swiglu_backward, _rotate, _rotate_backward)
+PLAIN = Kernels(_fork, _fork_backward, _swiglu, _swiglu_backward, _rotate, _rotate_backward)
 
 
-def choose_kernels(wanted: str, device_type: str) -> tuple[str, str]:
+def choose_kernels(
+    wanted: str, device_type: str, capability: tuple[int, int] | None = None
+) -> tuple[str, str]:
     """(plain, compiled or triton; why). ValueError: asked for, but what it takes is not there.
 
-    Triton builds a small C program when it first runs, so a GPU alone is not enough.
+    capability: CUDA's (major, minor), None elsewhere.
     """
-    gpu, missing = device_type == "cuda", []
-    if wanted == "auto" and not gpu:
-        return "plain", f"{device_type}: its pieces are small beside their products"
-    if wanted == "auto":  # until one has timed the others
-        return "plain", "on a GPU train.kernels=triton or compiled may be faster"
     if wanted == "plain":
         return wanted, "as configured"
-    if (gpu or wanted == "triton") and not find_spec("triton"):
-        missing.append("triton")
-    named = os.environ.get("CC" if gpu else "CXX")
-    compilers = (named, *(("gcc", "clang") if gpu else ("g++",)))
-    if not any(shutil.which(name) for name in compilers if name):
-        missing.append("a C compiler" if gpu else "a C++ compiler")
-    if wanted == "triton" and not gpu:
+    if wanted == "auto" and device_type != "cuda":
+        return "plain", f"{device_type}: its pieces are small beside their products"
+    missing = missing_for_triton("cuda" if wanted == "triton" else device_type)
+    if device_type != "cuda" and wanted == "triton":
         missing.append("a CUDA GPU")
+    elif device_type == "cuda" and wanted != "compiled" and (capability or (0, 0)) < (8, 0):
+        missing.append("compute capability 8.0")
+    lacks = " and ".join(missing)
+    if wanted == "auto":
+        if missing:
+            return "plain", f"with {lacks} Triton's would be about twice as fast"
+        return "triton", "by hand: what passes between products is read and written once"
     if missing:
-        lacks = " and ".join(missing)
         raise ValueError(f"train.kernels={wanted} needs {lacks}; set train.kernels=plain")
     return wanted, "as configured"
 
@@ -126,81 +137,143 @@ def make_kernels(name: str) -> Kernels:
     return TRITON
 
 
-class _AddNorm(torch.autograd.Function):
+def _weight_gradient(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """d [...,C], x [...,F] -> d^T x [C,F]; a GPU writes its fp32 sums as they are."""
+    d, x = d.flatten(0, -2), x.flatten(0, -2)  # [N,C], [N,F]
+    if d.is_cuda and d.dtype != dtype:
+        return torch.mm(d.mT, x, out_dtype=dtype)
+    return (d.mT @ x).to(dtype)
+
+
+def _project(x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
+    """x weight^T, or `onto` with that added in place."""
+    if onto is None:
+        return F.linear(x, weight)
+    onto.flatten(0, -2).addmm_(x.flatten(0, -2), weight.mT)  # [N,C] + [N,F] [F,C]
+    return onto
+
+
+class _Fork(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        total, normed, scale = kernels.add_norm(x, y)
-        ctx.save_for_backward(normed, scale)
+    def forward(ctx: Any, x: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+        copy, scale = kernels.fork(x)
+        ctx.save_for_backward(x, scale)
         ctx.kernels = kernels
-        return total, normed
+        ctx.mark_non_differentiable(scale)
+        return copy, x.view_as(x), scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_sum: Tensor, d_normed: Tensor) -> tuple[Tensor | None, ...]:
-        d = ctx.kernels.add_norm_backward(d_sum, d_normed, *ctx.saved_tensors)
-        return d, d, None
+    def backward(ctx: Any, d_copy: Tensor, d_x: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.kernels.fork_backward(d_copy, d_x, *ctx.saved_tensors), None
 
 
-class _SwigluLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_value: Tensor, weight: Tensor, kernels: Kernels) -> Tensor:
-        ctx.save_for_backward(gate_value, weight)
-        ctx.kernels = kernels
-        return F.linear(kernels.swiglu(gate_value), weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, onto: Tensor | None) -> Tensor:
+        ctx.dtype, ctx.adds = weight.dtype, onto is not None
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        if ctx.adds:
+            ctx.mark_dirty(onto)
+        return _project(x, weight, onto)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        gate_value, weight = ctx.saved_tensors
-        d_gate_value, product = ctx.kernels.swiglu_backward(d @ weight, gate_value)
-        d_weight = d.flatten(0, -2).mT @ product.flatten(0, -2)  # [C,N] [N,F] -> [C,F]
-        return d_gate_value, d_weight, None
+        x, weight = ctx.saved_tensors
+        return d @ weight, _weight_gradient(d, x, ctx.dtype), d if ctx.adds else None
+
+
+class _SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate_value: Tensor, scale: Tensor, weight: Tensor, onto: Tensor | None,
+        kernels: Kernels,
+    ) -> Tensor:  # fmt: skip
+        ctx.dtype, ctx.adds, ctx.kernels = weight.dtype, onto is not None, kernels
+        weight = weight.to(gate_value.dtype)
+        ctx.save_for_backward(gate_value, scale, weight)
+        if ctx.adds:
+            ctx.mark_dirty(onto)
+        return _project(kernels.swiglu(gate_value, scale), weight, onto)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        gate_value, scale, weight = ctx.saved_tensors
+        d_gate_value, product = ctx.kernels.swiglu_backward(d @ weight, gate_value, scale)
+        d_weight = _weight_gradient(d, product, ctx.dtype)
+        return d_gate_value, None, d_weight, d if ctx.adds else None, None
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_kv: int, kernels: Kernels
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
+        ctx: Any, qkv: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, num_kv: int,
+        kernels: Kernels,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(scale, cos, sin)
         ctx.kernels = kernels
-        return kernels.rotate(qkv, cos, sin, num_kv)
+        return kernels.rotate(qkv, scale, cos, sin, num_kv)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_qkv: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.kernels.rotate_backward(*d_qkv, *ctx.saved_tensors), None, None, None, None
+        d = ctx.kernels.rotate_backward(*d_qkv, *ctx.saved_tensors)
+        return d, None, None, None, None, None
 
 
-def add_norm(x: Tensor, y: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor]:
-    """x, y [...,C] -> x + y, and it divided by its root mean square (Zhang & Sennrich 2019).
+def fork(x: Tensor, kernels: Kernels = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+    """x [...,C] -> a copy of it for a branch to be added to, x for the branch's product to read,
+    and scale [...,1] = 1 / RMS(x), by which what comes of that product is to be multiplied
+    (RMSNorm without gains, which the product's matrix has anyway; Zhang & Sennrich 2019).
 
-    Without gains, which the matrix that reads the result has anyway: so the sum itself need not be
-    kept for the backward pass.
+    scale has a gradient nobody computes: the sum of d_x * x says it as well, where every use of x
+    is multiplied by scale.
     """
     if not torch.is_grad_enabled():  # a decoding step is short of time for calls
-        return kernels.add_norm(x, y)[:2]
-    return _AddNorm.apply(x, y, kernels)
+        copy, scale = kernels.fork(x)
+        return copy, x, scale
+    return _Fork.apply(x, kernels)
 
 
-def swiglu_linear(gate_value: Tensor, weight: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-    """(silu(gate) * value) weight^T: [...,2F], [C,F] -> [...,C] (Shazeer 2020).
+def linear(x: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """x weight^T: [...,F], [C,F] -> [...,C], in x's dtype; added to `onto` in place, if there."""
+    if not torch.is_grad_enabled():
+        return _project(x, weight.to(x.dtype), onto)
+    return _Linear.apply(x, weight, onto)
+
+
+def swiglu_linear(
+    gate_value: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    onto: Tensor | None = None,
+    kernels: Kernels = PLAIN,
+) -> Tensor:
+    """(silu(scale gate) * scale value) weight^T: [...,2F], [...,1], [C,F] -> [...,C] (Shazeer 2020)
+    added to `onto` in place, if there.
 
     The product, the largest tensor of a block but one, is computed again for the backward pass.
     """
-    weight = weight.to(gate_value.dtype)
     if not torch.is_grad_enabled():
-        return F.linear(kernels.swiglu(gate_value), weight)
-    return _SwigluLinear.apply(gate_value, weight, kernels)
+        return _project(kernels.swiglu(gate_value, scale), weight.to(gate_value.dtype), onto)
+    return _SwigluLinear.apply(gate_value, scale, weight, onto, kernels)
 
 
 def rotate_heads(
-    qkv: Tensor, angles: tuple[Tensor, Tensor], num_kv: int, kernels: Kernels = PLAIN
+    qkv: Tensor,
+    scale: Tensor,
+    angles: tuple[Tensor, Tensor],
+    num_kv: int,
+    kernels: Kernels = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [B,T,H+2G,D], G = num_kv -> q [B,T,H,D] and k [B,T,G,D] rotated (Su et al. 2021), v.
+    """qkv [B,T,H+2G,D], G = num_kv, times scale [B,T,1] -> q [B,T,H,D] and k [B,T,G,D] rotated
+    (Su et al. 2021), v.
 
     angles: cos, sin [B|1,T,1,D/2] of the pairs (x[..., d], x[..., d + D/2]).
     """
     if not torch.is_grad_enabled():
-        return kernels.rotate(qkv, *angles, num_kv)
-    return _Rotate.apply(qkv, *angles, num_kv, kernels)
+        return kernels.rotate(qkv, scale, *angles, num_kv)
+    return _Rotate.apply(qkv, scale, *angles, num_kv, kernels)

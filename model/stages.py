@@ -176,7 +176,15 @@ class Stage(nn.Module):
         else:  # places repeat, and sums of their gradients would come in any order on a GPU
             chosen = [hidden.index_select(0, places) for places in batch.places]
         nats = [
-            F.cross_entropy(head(x).float(), targets, reduction="sum")
+            F.cross_entropy(_logits(head, x), targets, reduction="sum")
             for head, x, targets in zip(self.heads, chosen, batch.targets, strict=True)
         ]
         return torch.stack(nats)
+
+
+def _logits(head: nn.Linear, x: Tensor) -> Tensor:
+    """x [M,dim] -> logits [M,size] in fp32. A GPU's fast products have rows of a multiple of 8."""
+    missing = -head.out_features % 8 if x.is_cuda else 0
+    if not missing:
+        return head(x).float()
+    return F.linear(x, F.pad(head.weight, (0, 0, 0, missing)))[:, :-missing].float()

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attend import Attend, Segments
 from model.backends import AttentionChoice
-from model.fused import PLAIN, Kernels, add_norm, make_kernels, rotate_heads, swiglu_linear
+from model.fused import (
+    EPS,
+    PLAIN,
+    Kernels,
+    fork,
+    linear,
+    make_kernels,
+    rotate_heads,
+    swiglu_linear,
+)
 from model.kv_cache import KVCache
 
 
@@ -33,12 +42,13 @@ class HeadNorm(nn.Module):
         self.q_gain = nn.Parameter(torch.ones(config.head_dim))
         self.k_gain = nn.Parameter(torch.ones(config.head_dim))
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """qkv [B,T,H+2G,D] -> the same; computed in fp32."""
-        q, k, v = qkv.split([qkv.shape[2] - 2 * self.num_kv, self.num_kv, self.num_kv], dim=2)
+    def forward(self, qkv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """qkv [B,T,H+2G,D] and its factor scale [B,T,1] -> the same two; computed in fp32."""
+        sizes = [qkv.shape[2] - 2 * self.num_kv, self.num_kv, self.num_kv]
+        q, k, v = (qkv.float() * scale[..., None]).split(sizes, dim=2)
         pairs = ((q, self.q_gain), (k, self.k_gain))  # gains are in bf16 where they are sharded
-        q, k = (F.rms_norm(x.float(), gain.shape, gain.float()) for x, gain in pairs)
-        return torch.cat([q.type_as(v), k.type_as(v), v], dim=2)
+        q, k = (F.rms_norm(x, gain.shape, gain.float()) for x, gain in pairs)
+        return torch.cat([q, k, v], dim=2).type_as(qkv), torch.ones_like(scale)
 
 
 class Attention(nn.Module):
@@ -50,26 +60,32 @@ class Attention(nn.Module):
         inner, shared = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.to_qkv = nn.Linear(config.dim, inner + 2 * shared, bias=False)
         self.to_out = nn.Linear(inner, config.dim, bias=False)
-        self.norm = HeadNorm(config) if config.qk_norm else nn.Identity()
+        self.norm = HeadNorm(config) if config.qk_norm else None
         self.attend = attend
 
     def forward(
         self,
+        onto: Tensor | None,
         x: Tensor,
+        scale: Tensor,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         kv_cache: KVCache | None = None,
         segments: Segments | None = None,
         kernels: Kernels = PLAIN,
     ) -> Tensor:
-        qkv = self.norm(self.to_qkv(x).unflatten(-1, (-1, self.head_dim)))  # [b,t,h+2g,d]
-        q, k, v = rotate_heads(qkv, angles, self.num_kv, kernels)
+        """x scale normalised [b,t,dim] -> what it adds to `onto`, added to it if there."""
+        qkv = linear(x, self.to_qkv.weight).unflatten(-1, (-1, self.head_dim))  # [b,t,h+2g,d]
+        if self.norm is not None:
+            qkv, scale = self.norm(qkv, scale)
+        q, k, v = rotate_heads(qkv, scale, angles, self.num_kv, kernels)
         # views: nothing is copied to another order of axes, here or on the way back
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b,h|g,t,d]
         if kv_cache is not None:
             k, v = kv_cache.update(self.layer, k, v)  # [b,g,t,d] -> [b,g,j,d]
         out = self.attend(q, k, v, mask, segments=segments)
-        return self.to_out(out.transpose(1, 2).flatten(2))  # [b,h,t,d] -> [b,t,(h d)]
+        # [b,h,t,d] -> [b,t,(h d)]
+        return linear(out.transpose(1, 2).flatten(2), self.to_out.weight, onto)
 
 
 class FeedForward(nn.Module):
@@ -80,8 +96,12 @@ class FeedForward(nn.Module):
         self.to_gate_value = nn.Linear(dim, 2 * ff_dim, bias=False)
         self.to_out = nn.Linear(ff_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, kernels: Kernels = PLAIN) -> Tensor:
-        return swiglu_linear(self.to_gate_value(x), self.to_out.weight, kernels)
+    def forward(
+        self, onto: Tensor | None, x: Tensor, scale: Tensor, kernels: Kernels = PLAIN
+    ) -> Tensor:
+        """As `Attention.forward`."""
+        gate_value = linear(x, self.to_gate_value.weight)  # [b,t,2f]
+        return swiglu_linear(gate_value, scale, self.to_out.weight, onto, kernels)
 
 
 class Block(nn.Module):
@@ -90,20 +110,23 @@ class Block(nn.Module):
         ff_dim = config.ff_dim or 64 * math.ceil(config.dim * 8 / 3 / 64)
         self.attention = Attention(config, attend, layer)
         self.feed_forward = FeedForward(config.dim, ff_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.kernels = PLAIN
 
-    def forward(
-        self, x: Tensor, y: Tensor, angles: tuple[Tensor, Tensor], *context: Any
-    ) -> tuple[Tensor, Tensor]:
-        """x: the residual stream [B,T,dim]; y: the branch not yet added to it -> the same two.
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], *context: Any) -> Tensor:
+        """The residual stream [B,T,dim] -> the same.
 
         context: mask, kv_cache and segments of `Transformer.forward`.
         """
-        x, normed = add_norm(x, y, self.kernels)
-        y = self.dropout(self.attention(normed, angles, *context, self.kernels))
-        x, normed = add_norm(x, y, self.kernels)
-        return x, self.dropout(self.feed_forward(normed, self.kernels))
+        x = self.add(x, self.attention, angles, *context)
+        return self.add(x, self.feed_forward)
+
+    def add(self, x: Tensor, branch: nn.Module, *context: Any) -> Tensor:
+        """x + branch(x normalised): by the branch's last product, if nothing is dropped."""
+        copy, x, scale = fork(x, self.kernels)
+        if self.dropout and self.training:
+            return copy + F.dropout(branch(None, x, scale, *context, self.kernels), self.dropout)
+        return branch(copy, x, scale, *context, self.kernels)
 
 
 class Transformer(nn.Module):
@@ -154,12 +177,11 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
-        y = torch.zeros_like(x)
         for block in self.blocks:
-            x, y = block(x, y, angles, mask, kv_cache, segments)
+            x = block(x, angles, mask, kv_cache, segments)
         if kv_cache is not None:
             kv_cache.advance(x.shape[1])
-        return add_norm(x, y, self.blocks[-1].kernels)[1]
+        return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
     def use_kernels(self, name: str) -> None:
         """What `choose_kernels` chose, in every block."""

@@ -18,22 +18,22 @@ def compare(kernels: Kernels, device: str, sizes: list[tuple[int, ...]]) -> None
             def made(*shape, dtype=dtype):
                 return torch.randn(shape, dtype=dtype).to(device)
 
-            x, y, d, e, both = (made(B, T, n * C) for n in (1, 1, 1, 1, 2))
+            x, d, e, both = (made(B, T, n * C) for n in (1, 1, 1, 2))
             scale = made(B, T, 1, dtype=torch.float32)
             qkv = made(B, T, H + 2 * G, D)
             heads = [made(B, T, n, D) for n in (H, G, G)]
             for rows in (1, B):  # positions of each row, or the same for all
                 positions = torch.randint(0, 1000, (rows, T)).to(device)
                 cos, sin = rotary_angles(positions, D, 10_000.0)
-                check(kernels, "rotate", dtype, qkv, cos, sin, G)
-                check(kernels, "rotate_backward", dtype, *heads, cos, sin)
+                check(kernels, "rotate", dtype, qkv, scale, cos, sin, G)
+                check(kernels, "rotate_backward", dtype, *heads, scale, cos, sin)
                 # as attention gives them back: [B,T,H,D] as a view of [B,H,T,D]
                 turned = [h.transpose(1, 2).contiguous().transpose(1, 2) for h in heads]
-                check(kernels, "rotate_backward", dtype, *turned, cos, sin)
-            check(kernels, "add_norm", dtype, x, y)
-            check(kernels, "add_norm_backward", dtype, d, e, x, scale)
-            check(kernels, "swiglu", dtype, both)
-            check(kernels, "swiglu_backward", dtype, d, both)
+                check(kernels, "rotate_backward", dtype, *turned, scale, cos, sin)
+            check(kernels, "fork", dtype, x)
+            check(kernels, "fork_backward", dtype, d, e, x, scale)
+            check(kernels, "swiglu", dtype, both, scale)
+            check(kernels, "swiglu_backward", dtype, d, both, scale)
 
 
 def check(kernels: Kernels, name: str, dtype: torch.dtype, *inputs: torch.Tensor | int) -> None:

@@ -133,12 +133,15 @@ def test_heads_that_do_not_divide_are_an_error():
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+PORTABLE = ("efficient", "math")
 TABLE = [  # device, capability, dtype, uses -> order
     ("A100", "cuda", (8, 0), BF16, {}, ("flash", "cudnn", "efficient", "math")),
     ("A100 fp32", "cuda", (8, 0), FP32, {}, ("efficient", "math")),
-    ("H100", "cuda", (9, 0), BF16, {}, ("cudnn", "flash", "efficient", "math")),
-    ("H100 mask", "cuda", (9, 0), BF16, {"has_mask": True}, ("cudnn", "efficient", "math")),
-    ("H100 bias", "cuda", (9, 0), BF16, {"has_bias": True}, ("efficient", "math")),
+    ("H100", "cuda", (9, 0), BF16, {}, ("cudnn", "flash", "triton", "efficient", "math")),
+    ("H100 mask", "cuda", (9, 0), BF16, {"has_mask": True}, ("cudnn", "triton", *PORTABLE)),
+    ("H100 bias", "cuda", (9, 0), BF16, {"has_bias": True}, ("triton", *PORTABLE)),
+    ("H100 fp32", "cuda", (9, 0), FP32, {"has_bias": True}, PORTABLE),
+    ("no Triton", "cuda", (9, 0), BF16, {"has_bias": True, "has_triton": False}, PORTABLE),
     ("B200", "cuda", (10, 0), BF16, {}, ("cudnn", "flash", "efficient", "math")),
     ("RTX 3090", "cuda", (8, 6), BF16, {}, ("flash", "cudnn", "efficient", "math")),
     ("RTX 4090", "cuda", (8, 9), FP16, {}, ("flash", "cudnn", "efficient", "math")),
@@ -148,7 +151,7 @@ TABLE = [  # device, capability, dtype, uses -> order
     ("CPU mask", "cpu", None, FP32, {"has_mask": True}, ("flash", "math")),
     ("CPU dropout", "cpu", None, FP32, {"has_dropout": True}, ("math",)),
     ("Apple", "mps", None, FP32, {}, ("math",)),
-    ("old torch", "cuda", (9, 0), BF16, {"torch_version": (2, 4)}, ("flash", "efficient", "math")),
+    ("old torch", "cuda", (9, 0), BF16, {"torch_version": (2, 4)}, ("flash", "triton", *PORTABLE)),
 ]
 
 
@@ -173,7 +176,7 @@ def test_head_dim_rules_out_what_cannot_hold_it():
         ("triton", "cpu", None, FP32, {}, "needs CUDA"),
         ("triton", "cuda", (7, 5), FP32, {}, "capability 8.0"),
         ("triton", "cuda", (9, 0), BF16, {"has_dropout": True}, "no dropout"),
-        ("triton", "cuda", (9, 0), BF16, {"has_triton": False}, "not installed"),
+        ("triton", "cuda", (9, 0), BF16, {"has_triton": False}, "Triton and a C compiler"),
         ("flash", "cuda", (9, 0), BF16, {"has_mask": True}, "takes no mask"),
         ("cudnn", "cpu", None, FP32, {}, "needs CUDA"),
         ("flash", "cpu", None, FP32, {"has_dropout": True}, "no dropout"),

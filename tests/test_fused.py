@@ -15,8 +15,9 @@ from fused_cases import compare
 from model.fused import (
     EPS,
     PLAIN,
-    add_norm,
     choose_kernels,
+    fork,
+    linear,
     make_kernels,
     rotate_heads,
     swiglu_linear,
@@ -44,24 +45,31 @@ def assert_same(ours, theirs, inputs):
         torch.testing.assert_close(a, b)
 
 
-def test_add_norm_is_a_sum_and_its_rms_norm():
-    def spec(x, y):
-        return x + y, F.rms_norm(x + y, (8,), eps=EPS)
+@pytest.mark.parametrize("onto", [False, True])
+def test_fork_and_a_scaled_branch_are_a_residual_of_a_norm(onto):
+    """The whole of a branch, for what `fork` leaves out is in what follows it."""
 
-    inputs = doubles((2, 3, 8), (2, 3, 8))
-    for ours, theirs in zip(add_norm(*inputs), spec(*inputs), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert_same(add_norm, spec, inputs)
+    def ours(x, to_gate_value, to_out, to_other):
+        copy, x, scale = fork(x)
+        other = linear(x, to_other) * scale  # any reader will do, if it multiplies by scale
+        branch = (linear(x, to_gate_value), scale, to_out)
+        if onto:
+            return swiglu_linear(*branch, linear(other, to_other, copy))
+        return copy + linear(other, to_other) + swiglu_linear(*branch)
 
+    def spec(x, to_gate_value, to_out, to_other):
+        normed = F.rms_norm(x, (8,), eps=EPS)
+        gate, value = F.linear(normed, to_gate_value).chunk(2, dim=-1)
+        branch = F.linear(F.silu(gate) * value, to_out)
+        return x + F.linear(F.linear(normed, to_other), to_other) + branch
 
-def test_swiglu_linear_is_what_its_name_says():
-    def spec(x, weight):
-        gate, value = x.chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * value, weight)
-
-    inputs = doubles((2, 3, 10), (4, 5))
-    torch.testing.assert_close(swiglu_linear(*inputs), spec(*inputs))
-    assert_same(swiglu_linear, spec, inputs)
+    inputs = doubles((2, 3, 8), (10, 8), (8, 5), (8, 8))
+    before = inputs[0].detach().clone()
+    torch.testing.assert_close(ours(*inputs), spec(*inputs))
+    assert_same(ours, spec, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(*inputs), spec(*inputs))
+    assert torch.equal(inputs[0], before)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -73,13 +81,18 @@ def test_rotate_heads_turns_pairs_and_leaves_values(rows):
         turns = torch.complex(cos, sin)  # [B,T,1,D/2]
         turned = torch.complex(*qkv[:, :, :5].chunk(2, dim=-1)) * turns
         turned = torch.cat([turned.real, turned.imag], dim=-1)
-        return turned[:, :, :3], turned[:, :, 3:], qkv[:, :, 5:]
+        return turned[:, :, :3] * scale, turned[:, :, 3:] * scale, qkv[:, :, 5:] * scale
 
+    scale = torch.tensor([[0.5, 2.0, 1.0], [3.0, 1.0, 0.1]]).double()[..., None, None]
     inputs = doubles((2, 3, 7, 8))
-    for ours, theirs in zip(rotate_heads(*inputs, (cos, sin), 2), spec(*inputs), strict=True):
-        torch.testing.assert_close(ours, theirs)
-        assert ours.is_contiguous()
-    assert_same(lambda qkv: rotate_heads(qkv, (cos, sin), 2), spec, inputs)
+
+    def ours(qkv):
+        return rotate_heads(qkv, scale[..., 0], (cos, sin), 2)
+
+    for ours_, theirs in zip(ours(*inputs), spec(*inputs), strict=True):
+        torch.testing.assert_close(ours_, theirs)
+        assert ours_.is_contiguous()
+    assert_same(ours, spec, inputs)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -106,7 +119,7 @@ def test_triton_pieces_compile_for_gpus_that_are_not_here(capability):
 
     from model import fused_triton
 
-    kernels = ("_add_norm", "_add_norm_backward", "_swiglu", "_swiglu_backward", "_rotate")
+    kernels = ("_fork", "_fork_backward", "_swiglu", "_swiglu_backward", "_rotate")
     for name in kernels:
         kernel = getattr(fused_triton, name)
         signature = {key: TYPES.get(key, BF16) for key in kernel.arg_names}
@@ -128,20 +141,26 @@ def test_pieces_equal_the_plain_on_a_gpu(name):
 
 
 def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):
-    monkeypatch.setattr("model.fused.find_spec", lambda _: object())
+    monkeypatch.setattr("model.backends.find_spec", lambda _: object())
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
     assert choose_kernels("auto", "cpu")[0] == "plain"
-    assert choose_kernels("auto", "cuda")[0] == "plain"
-    assert choose_kernels("triton", "cuda") == ("triton", "as configured")
-    assert choose_kernels("compiled", "cuda") == ("compiled", "as configured")
+    assert choose_kernels("auto", "cuda", (8, 0))[0] == "triton"
+    assert choose_kernels("auto", "cuda", (7, 5))[0] == "plain"
+    assert choose_kernels("triton", "cuda", (9, 0)) == ("triton", "as configured")
+    assert choose_kernels("compiled", "cuda", (7, 5)) == ("compiled", "as configured")
     with pytest.raises(ValueError, match=r"train.kernels=triton needs a CUDA GPU"):
         choose_kernels("triton", "cpu")
+    with pytest.raises(ValueError, match=r"train.kernels=triton needs compute capability 8.0"):
+        choose_kernels("triton", "cuda", (7, 5))
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert choose_kernels("auto", "cuda")[0] == "plain"
+    assert choose_kernels("auto", "cuda", (9, 0)) == (
+        "plain",
+        "with a C compiler Triton's would be about twice as fast",
+    )
     with pytest.raises(ValueError, match=r"train.kernels=compiled needs a C\+\+ compiler; set"):
         choose_kernels("compiled", "cpu")
-    monkeypatch.setattr("model.fused.find_spec", lambda _: None)
+    monkeypatch.setattr("model.backends.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"kernels=triton needs triton and a C compiler; set"):
-        choose_kernels("triton", "cuda")
+        choose_kernels("triton", "cuda", (9, 0))
     assert choose_kernels("plain", "cuda") == ("plain", "as configured")
     assert make_kernels("plain") is PLAIN

@@ -110,6 +110,7 @@ def test_packing_is_chosen_where_it_saves_and_can_be_done():
 def test_a_packed_run_learns_what_a_padded_one_does(tokens, tmp_path):
     for packed in (True, False):
         train(config(tokens, tmp_path / str(packed), f"data.packed={packed}"))
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=1e-4)
+    tolerance = 2e-3 if torch.cuda.is_available() else 1e-4  # a GPU's products round to TF32
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=tolerance)
     (line,) = log_lines(tmp_path / "True", "start")
     assert line["packed"] == "yes (as configured)"

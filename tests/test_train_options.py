@@ -77,11 +77,12 @@ def test_compiled_kernels_equal_plain_ones(tokens, tmp_path, monkeypatch):
         assert num_graphs in (range(6, 13) if choice == "compiled" else (0,))
     ours, theirs = losses(tmp_path / "compiled"), losses(tmp_path / "plain")
     assert len(theirs) == 4
-    assert ours == pytest.approx(theirs, abs=1e-4)
+    tolerance = 2e-3 if torch.cuda.is_available() else 1e-4  # a GPU's products round to TF32
+    assert ours == pytest.approx(theirs, abs=tolerance)
     compiled, plain = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
     assert compiled.keys() == plain.keys()
     for name, tensor in plain.items():
-        torch.testing.assert_close(compiled[name], tensor, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(compiled[name], tensor, atol=tolerance, rtol=1e-3)
     load_stage(tmp_path / "compiled")
 
 
@@ -220,5 +221,5 @@ def test_previews_are_heard(stage, num_codebooks, kind, decodable, tmp_path, for
         if stage == "fine":  # its coarse codes are those of the clip
             own = torch.tensor(run.folder.read(clip)[1][:2].astype(int))
             assert torch.equal(tokens[:2], own[:, : tokens.shape[1]])
-        heard = run.codec.decode(tokens[None])[0].clamp(-1, 1)
-        torch.testing.assert_close(wav, heard, atol=1e-4, rtol=0)
+        heard = run.codec.decode(tokens[None].to(run.process.device))[0].clamp(-1, 1)
+        torch.testing.assert_close(wav, heard.cpu(), atol=1e-4, rtol=0)

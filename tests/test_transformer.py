@@ -75,11 +75,11 @@ def test_the_future_is_not_seen():
 
 
 def test_rotary_scores_depend_on_distance_only():
-    qkv = torch.randn(1, 1, 3, 8)
+    qkv, one = torch.randn(1, 1, 3, 8), torch.ones(1, 1, 1)
 
     def score(i, j):
         at = [rotary_angles(torch.tensor([[p]]), 8, 10_000.0) for p in (i, j)]
-        (q, _, _), (_, k, _) = (rotate_heads(qkv, angles, 1) for angles in at)
+        (q, _, _), (_, k, _) = (rotate_heads(qkv, one, angles, 1) for angles in at)
         return (q * k).sum()
 
     torch.testing.assert_close(score(3, 1), score(103, 101), atol=1e-4, rtol=1e-4)
@@ -114,7 +114,7 @@ def test_sizes_that_cannot_be_are_errors():
 
 
 def test_what_a_layer_keeps_for_its_backward_pass():
-    """In bf16, for each place: two normalised inputs and their scales, q, k and v, attention's
+    """In bf16, for each place: two inputs and their scales, q, k and v, attention's
     output and its log-sums, the gate and the value: by the same sum 19,528 bytes in the 270 M
     recipe. Memory is what limits a batch."""
     sizes = {"dim": 64, "num_heads": 4, "head_dim": 16, "num_kv_heads": 1, "ff_dim": 192}
