@@ -50,7 +50,7 @@ class DataConfig:
     tokens: str = MISSING  # a folder written by scripts.prepare
     crop_seconds: float = 10.0  # longest stretch of a recording in one sequence = the context
     collapse_semantic: bool = False  # drop repeats of semantic tokens (timing becomes the model's)
-    packed: bool | None = None  # clips in a row, unpadded; None: on a CPU, if it saves a fifth
+    packed: bool | None = None  # clips in a row, unpadded; None: where it saves a fifth
     num_workers: int = 0  # loader processes; 0 reads in the training process
 
 

@@ -29,6 +29,9 @@ from torch import Tensor
 PAD, START, MIDDLE = 0, 1, 2
 NUM_SPECIALS = 3
 IGNORE = -1  # a target nobody predicts
+# An H100's fused attention takes 8 % longer where a length is not a multiple of this (cuDNN 9.19):
+# pad to one where that costs less.
+FAST_LENGTH, FEW_MORE = 64, 0.01
 
 Pattern = Literal["flatten", "delay"]
 
@@ -233,6 +236,8 @@ class Layout:
     def collate(self, encoded: list[tuple[Tensor, Tensor]]) -> Sequences:
         """Pad encoded clips on the right and list, per head, what is to be predicted."""
         N = max(len(ids) for ids, _ in encoded)
+        more = -N % FAST_LENGTH
+        N += more if more <= FEW_MORE * N else 0
         ids = torch.full((len(encoded), N, self.num_slots), PAD)
         positions = torch.zeros(len(encoded), N)
         targets = torch.full((len(encoded), N, self.num_codebooks), IGNORE)

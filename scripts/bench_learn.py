@@ -125,7 +125,8 @@ def bench_learn(parsed: argparse.Namespace) -> None:
             for seed in parsed.seeds:
                 overrides = [*parsed.overrides, *words, f"train.seed={seed}"]
                 try:
-                    curve = train_one(parsed.config, overrides, Path(scratch, str(len(rows))))
+                    out = Path(scratch, str(len(rows) + len(failures)))
+                    curve = train_one(parsed.config, overrides, out)
                 except ValueError as error:  # the others' figures are not lost
                     failures.append(str(error))
                     print(f"{name}, seed {seed}: {error}", flush=True)

@@ -1,5 +1,6 @@
 """Layouts: what goes in comes out, no id means two things, EOS is trained in every stage."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,6 +129,16 @@ def test_collate_pads_and_lists_every_target():
     assert batch.targets[0].tolist() == [1, 5, 3, 4, 5]
     assert batch.targets[1].tolist() == [2, 0, 1]
     assert batch.places[1].tolist() == [1, 5 + 1, 5 + 3]
+
+
+@pytest.mark.parametrize(("longest", "places"), [(2045, 2048), (2048, 2048), (2020, 2020)])
+def test_a_length_that_kernels_like_is_taken_where_it_is_near(longest, places):
+    """And asks nothing more."""
+    layout = Layout((), (5,))
+    long = layout.encode(None, torch.zeros(1, longest, dtype=torch.long), True, False)
+    batch = layout.collate([long])
+    assert batch.ids.shape == (1, places, 1)
+    assert (batch.num_places, batch.num_targets) == (longest, longest)
 
 
 def test_what_sounds_together_stands_at_a_constant_distance():

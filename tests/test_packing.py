@@ -99,6 +99,7 @@ def test_packing_is_chosen_where_it_saves_and_can_be_done():
     assert choose_packing(None, 0.5, einsum, "cpu", 64) == (True, FULL)
     assert choose_packing(None, 0.9, einsum, "cpu", 64)[0] is False
     assert choose_packing(True, 0.5, FLASH, "cuda", 64)[0] is True
+    assert choose_packing(None, 0.5, FLASH, "cuda", 64)[0] is True
     assert choose_packing(None, 0.5, FLASH, "mps", 64)[0] is False
     for choice, head_dim in ((cudnn, 64), (einsum, 64), (FLASH, 30)):
         assert not choose_packing(None, 0.5, choice, "cuda", head_dim)[0]
