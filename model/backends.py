@@ -148,6 +148,17 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def sampling_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Of weights that are sampled from: "bf16", "fp32", or "auto". ValueError: it cannot be."""
+    if wanted not in ("auto", "bf16", "fp32"):
+        raise ValueError(f"precision={wanted}: expected one of auto, bf16, fp32")
+    able = device.type == "cpu" or (device.type == "cuda" and capability_of(device) >= (8, 0))
+    if wanted == "bf16" and not able:
+        raise ValueError(f"precision=bf16: not on this {device.type} device; take fp32")
+    half = wanted == "bf16" or (wanted == "auto" and able and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
 def resolve(
     device: torch.device, dtype: torch.dtype, head_dim: int, requested: str = "auto", **uses: bool
 ) -> AttentionChoice:

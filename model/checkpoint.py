@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs.files import fsync_folder, write_json
 from configs.schema import ModelConfig
-from model.backends import resolve
+from model.backends import resolve, sampling_dtype
 from model.optim import EMA, load_optimizer_tensors, optimizer_tensors
 from model.sharding import copy_into, is_sharded, whole_tensors
 from model.stages import Stage, stage_spec
@@ -184,7 +184,10 @@ def load_training(
 
 
 def load_stage(
-    run: str | Path, device: torch.device | str = "cpu", backend: str = "auto"
+    run: str | Path,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    precision: str = "auto",
 ) -> tuple[Stage, dict[str, Any]]:
     """A trained stage in eval mode, with its averaged weights, and its checkpoint's state.
 
@@ -193,7 +196,8 @@ def load_stage(
     folder = find_checkpoint(run, prefer_best=True)
     state = read_state(folder)
     config = ModelConfig(**state["model"])
-    attention = resolve(torch.device(device), torch.float32, config.head_dim, backend)
+    dtype = sampling_dtype(precision, torch.device(device))
+    attention = resolve(torch.device(device), dtype, config.head_dim, backend)
     stage = Stage(stage_spec(**state["spec"]), config, attention)
     weights = "ema" if "ema.safetensors" in state["files"] else "model"
     saved = read_tensors(folder, weights)
@@ -203,7 +207,7 @@ def load_stage(
             "sample it with the code that trained it, or train again"
         )
     stage.load_state_dict(saved)
-    return stage.to(device).eval(), {**state, "path": str(folder)}
+    return stage.sampled_in(dtype).to(device).eval(), {**state, "path": str(folder)}
 
 
 def check_same_tokens(states: dict[str, dict[str, Any]]) -> None:

@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far: preallocated once, owned by whoever generates."""
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,12 @@ class KVCache:
         """Forget all rows but these, [B] bool."""
         self.k = [k[rows] for k in self.k]
         self.v = [v[rows] for v in self.v]
+
+    def first_rows(self, num: int) -> "KVCache":
+        """Those rows of this one, with a length of its own."""
+        part = copy(self)
+        part.k, part.v = [k[:num] for k in self.k], [v[:num] for v in self.v]
+        return part
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` as filled, once every layer has stored them."""

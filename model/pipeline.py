@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.codec import Codec
 from model.codec_stream import CodecStream
-from model.sampling import Sampling, extend, mix_seed
+from model.drawing import Sampling, mix_seed
+from model.sampling import extend
 from model.semantic import SemanticTokenizer
 from model.stages import Stage
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from model.codec import Codec, load_codec
-from model.sampling import Sampling, generate
+from model.drawing import Sampling
+from model.sampling import generate
 from model.stages import Stage
 
 

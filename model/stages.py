@@ -122,6 +122,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.spec, self.layout = spec, spec.layout
+        self.decoding: object = "plain"  # see `model/decoder.py`
         streams = self.layout.streams
         self.register_buffer("stream_of", streams, persistent=False)  # [num_ids]
         self.embed = nn.Embedding(self.layout.num_ids, config.dim, padding_idx=PAD)
@@ -151,6 +152,12 @@ class Stage(nn.Module):
         """
         x = self.embedded(ids).sum(dim=2)  # [B,T,S,dim] -> [B,T,dim]
         return self.transformer(x, positions, mask, kv_cache, segments)
+
+    def sampled_in(self, dtype: torch.dtype) -> "Stage":
+        """This stage with matrices of that dtype; embeddings, which are looked up, stay as is."""
+        self.transformer.to(dtype)
+        self.heads.to(dtype)
+        return self
 
     def embedded(self, ids: Tensor) -> Tensor:
         """ids [...] -> [...,dim]: the same sums, for all ids once or for each place."""

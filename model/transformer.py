@@ -174,8 +174,7 @@ class Transformer(nn.Module):
         segments: B is 1, and the row holds several clips.
         Under autocast the residual stream is of its dtype too: in fp32 it moves twice the bytes.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(self.dtype)
         angles = rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
         for block in self.blocks:
             x = block(x, angles, mask, kv_cache, segments)
@@ -190,14 +189,18 @@ class Transformer(nn.Module):
             block.kernels = kernels
 
     def make_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache on this model's device, in its dtype (or autocast's, where active)."""
+        """An empty cache on this model's device, in its dtype."""
+        c, device = self.config, self.blocks[0].attention.to_out.weight.device
+        return KVCache(
+            c.num_layers, batch_size, c.num_kv_heads, max_length, c.head_dim, device, self.dtype
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream: autocast's where it is active, else the weights'."""
         weight = self.blocks[0].attention.to_out.weight
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        c = self.config
-        return KVCache(
-            c.num_layers, batch_size, c.num_kv_heads, max_length, c.head_dim, weight.device, dtype
-        )
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
     def flops_per_token(self, sequence_length: float) -> float:
         """Training FLOPs per token: 6 x parameters + 6 x layers x inner width x sequence.

@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from configs.load import load_config
 from configs.schema import RunConfig
-from model.backends import resolve
+from model.backends import resolve, sampling_dtype
 from model.codec import load_codec
+from model.decoder import choose_decoding, use_decoding
+from model.drawing import Sampling
 from model.pipeline import (
     STREAM_SECONDS,
     Chunks,
@@ -21,11 +23,12 @@ from model.pipeline import (
     decode_stream,
     generate_codes,
 )
-from model.sampling import Sampling, generate
+from model.sampling import generate
 from model.stages import Stage, stage_spec
 from scripts.bench_tools import CODEC, SEMANTIC, cells, median_ms, report
 from scripts.cli import find_device
 
+FEW_FRAMES = 10  # of what is slow
 SAMPLING = Sampling(temperature=0.8, top_k=100)
 COLUMNS = {
     "milliseconds": ("ms/step", ",.2f"),
@@ -43,9 +46,10 @@ def random_stage(recipe: str, overrides: list[str], device: torch.device) -> tup
     config = load_config(RunConfig, recipe, [*overrides, "out=.", "data.tokens=."])
     sizes = (SEMANTIC["num_tokens"], CODEC["num_codebooks"], CODEC["codebook_size"])
     spec = stage_spec(config.stage, *sizes, config.num_coarse)
-    attention = resolve(device, torch.float32, config.model.head_dim, config.attention.backend)
+    dtype = sampling_dtype("auto", device)
+    attention = resolve(device, dtype, config.model.head_dim, config.attention.backend)
     torch.manual_seed(0)
-    stage = Stage(spec, config.model, attention).to(device).eval()
+    stage = Stage(spec, config.model, attention).sampled_in(dtype).to(device).eval()
     return stage, config.data.crop_seconds
 
 
@@ -135,15 +139,21 @@ def bench_sample(parsed: argparse.Namespace) -> None:
     overrides = [word for word in parsed.overrides if "=" in word]
     recipes = [word for word in parsed.overrides if "=" not in word]
     built = [random_stage(recipe, overrides, device) for recipe in [parsed.config, *recipes]]
-    copying, rows = copied_per_second(device), []
+    copying, rows, (how, why) = copied_per_second(device), [], choose_decoding("auto", device)
+    print(f"decoding: {how} ({why}), {str(sampling_dtype('auto', device)).removeprefix('torch.')}")
     for stage, context in built:
         frames = max(1, round(min(parsed.seconds, context) * CODEC["frame_rate"]))
-        few = min(frames, 10)
+        name, few = stage.spec.name, min(frames, FEW_FRAMES)
         plain = time_stage(stage, 1, few, False, copying)
-        rows.append({"name": f"{stage.spec.name}, no cache, {few} frames", "batch": 1, **plain})
-        for batch in tqdm(parsed.batch, desc=stage.spec.name, disable=None):
+        rows.append({"name": f"{name}, no cache, {few} frames", "batch": 1, **plain})
+        for batch in tqdm(parsed.batch, desc=name, disable=None):
+            if how != "plain":
+                use_decoding(stage, "plain")
+                plain = time_stage(stage, batch, few, True, copying)
+                rows.append({"name": f"{name}, plain, {few} frames", "batch": batch, **plain})
+            use_decoding(stage, how)
             figures = time_stage(stage, batch, frames, True, copying)
-            rows.append({"name": stage.spec.name, "batch": batch, **figures})
+            rows.append({"name": name, "batch": batch, **figures})
     names = {stage.spec.name for stage, _ in built}
     if names in ({"semantic", "coarse", "fine"}, {"semantic", "acoustic"}):
         stages = {stage.spec.name: stage for stage, _ in built}

@@ -107,10 +107,10 @@ def evaluate_resynthesis(parsed: argparse.Namespace) -> None:
     if not batch_seconds > 0:
         raise ValueError(f"--batch-seconds {batch_seconds:g}: expected more than 0")
     models = load_models(parsed, device)
-    attention = next(iter(models.stages.values())).transformer.attention
     wanted = {"speaker_similarity", *(["wer"] if parsed.asr else [])}
     notes = not_measured(sorted(wanted))
-    print(attention, *notes.values(), sep="\n")
+    for note in notes.values():
+        print(note)
     listener = partial(Listener, frozenset(wanted - set(notes)), parsed.asr)
     made = Resynthesis(models, recordings, samplings, parsed.seed, batch_seconds, parsed.wavs)
     workers = min(parsed.workers or os.cpu_count() or 1, len(recordings))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from data.audio import Recording, audio_seconds, read_audio, resample, save_audio
+from model.drawing import Sampling
 from model.pipeline import Models, decode_stream, generate_codes, resynthesis
-from model.sampling import Sampling
 from scripts.encoding import cut_batches
 from scripts.sample import check_collapsed, encode_prompt
 from scripts.speech_metrics import SAMPLE_RATE

@@ -20,6 +20,8 @@ from data.audio import WavStream, load_audio, read_sound, resample, save_audio
 from data.shards import semantic_rate
 from model.checkpoint import check_same_tokens, load_stage
 from model.codec import load_codec
+from model.decoder import choose_decoding, use_decoding
+from model.drawing import Sampling
 from model.pipeline import (
     STREAM_SECONDS,
     Chunks,
@@ -31,7 +33,6 @@ from model.pipeline import (
     generate_codes,
     resynthesis,
 )
-from model.sampling import Sampling
 from model.semantic import load_semantic
 from model.stages import STAGES
 from scripts.cli import find_device, run_cli
@@ -65,9 +66,11 @@ def required_stages(arguments: Namespace) -> list[str]:
 def load_models(arguments: Namespace, device: torch.device) -> Models:
     """Load stages and tokenizers, and refuse those that do not belong together."""
     stages, states = {}, {}
-    for name in required_stages(arguments):
+    names, (how, why) = required_stages(arguments), choose_decoding(arguments.decoding, device)
+    for name in names:
         run = getattr(arguments, name)
-        stage, state = load_stage(run, device, arguments.attention)
+        stage, state = load_stage(run, device, arguments.attention, arguments.precision)
+        use_decoding(stage, how)
         if stage.spec.name != name:
             raise ValueError(f"--{name} {run}: holds a {stage.spec.name} stage")
         stages[name], states[name] = stage, state
@@ -85,6 +88,8 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
                 f"these runs, {expected[kind]['name']} ({expected[kind]['fingerprint']}); "
                 f"pass it with {'--codec' if kind == 'codec' else '--semantic-tokenizer'}"
             )
+    print(stage.transformer.attention)
+    print(f"decoding: {how} ({why}), {str(stage.transformer.dtype).removeprefix('torch.')}")
     return Models(stages, states, codec, semantic, semantic_rate(**expected), device)
 
 
@@ -231,7 +236,6 @@ def sample(arguments: Namespace) -> list[Path]:
                 "--stream needs to know when each token is to be heard, which those of runs with "
                 "data.collapse_semantic no longer tell: leave it out"
             )
-        print(next(iter(models.stages.values())).transformer.attention)
         request, prompt = make_request(arguments, models)
         longest = max(request.num_frames) / models.codec.frame_rate
         context = models.states[models.first_acoustic]["crop_seconds"]

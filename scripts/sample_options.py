@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
-from model.sampling import Sampling
+from model.drawing import Sampling
 from model.stages import STAGES
 from scripts.cli import make_parser
 
@@ -62,6 +62,18 @@ def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
     parser.add_argument("--codec", help="codec folder, where it is no longer where it was")
     parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
     parser.add_argument("--attention", default="auto", help="attention backend (auto)")
+    parser.add_argument(
+        "--decoding",
+        choices=("auto", "plain", "triton", "captured"),
+        default="auto",
+        help="how a step is computed: captured as a CUDA graph where that can be (auto)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the weights: bf16 on a GPU (auto)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
 
 

@@ -5,7 +5,8 @@ import torch
 
 from configs.schema import ModelConfig
 from model.backends import AttentionChoice
-from model.sampling import Sampling, draw, extend, filter_logits, generate
+from model.drawing import Sampling, draw, filter_logits
+from model.sampling import extend, generate
 from model.stages import STAGES, Stage, stage_spec
 
 GREEDY = Sampling(temperature=0)

@@ -1,0 +1,274 @@
+"""Decoding with a cache: the prompt at one go, then a step for each new place.
+
+A step changes nothing but tensors that stay where they are, and asks the device nothing. So it can
+be captured as a CUDA graph, which launches some hundred kernels as one: on a GPU the time between
+kernels would otherwise be most of a step. `choose_decoding` says at start-up which way is taken;
+both are the same steps, and `model/sampling.py` has the slow loop that they are tested against.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.backends import capability_of, missing_for_triton
+from model.captured import Captured
+from model.drawing import EMPTY, Rows, Sampling, completes, first_ids, frame_of, to_ids
+from model.fused import EPS
+from model.layouts import IGNORE
+from model.stages import Stage
+from model.transformer import rotary_angles
+
+NUM_KEPT = 2  # captured decoders of a stage: each holds a cache
+BEHIND = 2  # frames that the host may be behind a captured decoder, which so never waits for it
+Finished = list[tuple[Tensor, int]]  # for each clip the codes drawn [steps,S], its frames
+
+
+def choose_decoding(wanted: str, device: torch.device) -> tuple[str, str]:
+    """("plain", "triton" or "captured"; why). ValueError: asked for, but cannot be."""
+    if wanted == "plain":
+        return wanted, "as configured"
+    missing = missing_for_triton() if device.type == "cuda" else ["a CUDA GPU"]
+    if device.type == "cuda" and capability_of(device) < (8, 0):
+        missing.append("compute capability 8.0")
+    if not missing:
+        return ("captured", "a step is one CUDA graph") if wanted == "auto" else (wanted, "as told")
+    lacks = " and ".join(missing)
+    if wanted == "auto":
+        return "plain", f"captured steps need {lacks}"
+    raise ValueError(f"decoding={wanted} needs {lacks}; take plain")
+
+
+class Decoder:
+    """The state of a batch between steps: cache, last ids, positions, rows.
+
+    how: "plain" goes through the modules that are trained; "triton" through the kernels of
+    `decode_triton`; "captured" replays those.
+    """
+
+    def __init__(
+        self, stage: Stage, batch_size: int, capacity: int, sampling: Sampling, how: str = "plain"
+    ):
+        self.stage, self.layout, self.sampling, self.how = stage, stage.layout, sampling, how
+        self.cache = stage.transformer.make_cache(batch_size, capacity)
+        like = self.cache.k[0]
+        device, B, S = like.device, batch_size, self.layout.num_slots
+        self.table = stage.embed.weight + stage.embed_stream(stage.stream_of)  # [num_ids,dim]
+        self.heads = [head.weight.to(like.dtype) for head in stage.heads]
+        blocks = [] if how == "plain" else stage.transformer.blocks
+        self.layers = [_weights(block, like.dtype) for block in blocks]
+        self.firsts = first_ids(self.layout).to(device)
+        self.ids = torch.zeros(B, S, dtype=torch.long, device=device)
+        self.positions = torch.zeros(B, device=device)
+        self.place = torch.zeros(1, dtype=torch.int32, device=device)  # that the next token takes
+        self.first = torch.zeros(B, dtype=torch.int32, device=device)  # that is not padding
+        self.mask = self.rows = None
+        if how == "captured":
+            self.rows = _empty_rows(B, capacity, S, device)
+            self.replay = Captured(self._step)
+
+    def begin(self, rows: Rows, ids: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+        """Read the prompts, ids [B,N,S], and draw the first step. Fewer rows than the decoder has
+        leave the others without a step to go."""
+        n, length = ids.shape[:2]
+        if self.how == "captured":
+            _fill(self.rows, rows)
+        else:
+            self.rows = rows
+        self.cache.length = 0
+        part = self.cache.first_rows(n)
+        hidden = self.stage.hidden(ids, positions, mask, part)[:, -1]  # [B,dim]
+        self.cache.length = length
+        self.place.fill_(length)
+        self.positions[:n] = positions[:, -1] + 1
+        self.first.zero_()
+        if mask is not None:
+            self.first[:n] = (~mask).sum(dim=1)
+            more = mask.new_ones(n, self.cache.max_length - length)
+            self.mask = torch.cat([mask, more], dim=1)
+        hidden = F.pad(hidden, (0, 0, 0, len(self.ids) - n))
+        self._draw(hidden, 0)
+
+    def advance(self, step: int) -> None:
+        """Feed what the last step drew, and draw the codes of `step`."""
+        head = step % self.layout.num_codebooks if self.layout.pattern == "flatten" else 0
+        if self.how == "captured":
+            self.replay(head)
+        else:
+            self._step(head)
+        if self.how != "plain":
+            self.cache.advance(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, [B] bool."""
+        self.cache.keep(rows)
+        self.rows = self.rows.only(rows)
+        self.ids, self.positions = self.ids[rows], self.positions[rows]
+        self.first = self.first[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def _step(self, head: int) -> dict[str, Tensor]:
+        self._draw(self._plain() if self.how == "plain" else self._fused(), head)
+        return {}
+
+    def _draw(self, hidden: Tensor, head: int) -> None:
+        def logits_of(k: int) -> Tensor:
+            return F.linear(hidden, self.heads[k])
+
+        codes = self.rows.draw(self.layout, logits_of, head, self.sampling)
+        self.ids.copy_(to_ids(self.layout, codes, head, self.firsts))
+
+    def _embedded(self) -> Tensor:
+        return F.embedding(self.ids, self.table).sum(dim=1).to(self.cache.k[0].dtype)  # [B,dim]
+
+    def _plain(self) -> Tensor:
+        seen = None if self.mask is None else self.mask[:, : self.cache.length + 1]
+        x = self._embedded()[:, None]
+        hidden = self.stage.transformer(x, self.positions[:, None], seen, self.cache)[:, 0]
+        self.positions += 1
+        return hidden
+
+    def _fused(self) -> Tensor:
+        from model import decode_triton as kernels  # here: not every machine has Triton
+
+        c, x = self.stage.transformer.config, self._embedded()
+        cos, sin = rotary_angles(self.positions[:, None], c.head_dim, c.rotary_base)
+        angles = cos.flatten(1), sin.flatten(1)  # [B,1,1,D/2] -> [B,D/2]
+        # a clip that has ended attends to itself alone, which costs nothing
+        first = self.first.masked_fill(~self.rows.has_more(self.layout), self.cache.max_length)
+        for layer, (to_qkv, to_out, to_gate_value, ff_out, gains) in enumerate(self.layers):
+            cache = self.cache.k[layer], self.cache.v[layer]
+            qkv = kernels.norm_linear(x, to_qkv).unflatten(-1, (-1, c.head_dim))  # [B,H+2G,D]
+            out = kernels.attend_new(qkv, angles, gains, cache, self.place, first)
+            x = kernels.add_linear(x, out, to_out)
+            x = kernels.add_linear(x, kernels.norm_swiglu(x, to_gate_value), ff_out)
+        self.positions += 1
+        self.place += 1
+        return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def _weights(block: torch.nn.Module, dtype: torch.dtype) -> tuple:
+    attention, ff = block.attention, block.feed_forward
+    modules = (attention.to_qkv, attention.to_out, ff.to_gate_value, ff.to_out)
+    norm = attention.norm
+    gains = None if norm is None else (norm.q_gain, norm.k_gain)
+    return *(module.weight.to(dtype) for module in modules), gains
+
+
+def _empty_rows(B: int, steps: int, S: int, device: torch.device) -> Rows:
+    """Rows of which none has anything to draw."""
+    one, many = torch.zeros(B, dtype=torch.long), torch.zeros(B, steps, S)
+    known, drawn = many.long() + IGNORE, many.long() + EMPTY
+    rows = Rows(one, one.clone(), one.clone(), known, many, drawn, one[:1].clone())
+    return rows.to(device)
+
+
+def _fill(buffers: Rows, rows: Rows) -> None:
+    """Put rows into larger buffers, where they stay."""
+    empty = {"known": IGNORE, "drawn": EMPTY}
+    for field in fields(Rows):
+        buffer, value = getattr(buffers, field.name), getattr(rows, field.name)
+        buffer.fill_(empty.get(field.name, 0))
+        buffer[tuple(slice(n) for n in value.shape)] = value
+
+
+def use_decoding(stage: Stage, how: str) -> None:
+    """`how` as `choose_decoding` gave it."""
+    stage.decoding = Decoders() if how == "captured" else how
+    stage.transformer.use_kernels("plain" if how == "plain" else "triton")
+
+
+class Decoders:
+    """A stage's captured decoders: batches and lengths rounded up, so that few serve many."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[tuple, Decoder] = OrderedDict()
+
+    def of(self, stage: Stage, batch_size: int, capacity: int, sampling: Sampling) -> Decoder:
+        B = 1 << (batch_size - 1).bit_length() if batch_size <= 64 else -(-batch_size // 32) * 32
+        key = (B, -(-capacity // 512) * 512, sampling)
+        if key not in self.kept:
+            while len(self.kept) >= NUM_KEPT:
+                self.kept.popitem(last=False)
+            self.kept[key] = Decoder(stage, *key, how="captured")
+        self.kept.move_to_end(key)
+        return self.kept[key]
+
+
+def decode(
+    stage: Stage,
+    rows: Rows,
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    sampling: Sampling,
+    on_frame: Callable[[int], None] | None = None,
+) -> Finished:
+    """Steps until every clip has ended. ids [B,N,S], positions [B,N], mask [B,N] of the prompts,
+    padded on the left; stage.decoding says which way."""
+    B, capacity, how = len(ids), ids.shape[1] + rows.num_steps, stage.decoding
+    if isinstance(how, Decoders):
+        decoder = how.of(stage, B, capacity, sampling)
+    else:
+        decoder = Decoder(stage, B, capacity, sampling, how)
+    decoder.begin(rows, ids, positions, mask)
+    layout, done, reports = stage.layout, _Done(rows), deque()
+    for j in range(rows.num_steps):
+        if j:
+            decoder.advance(j)
+        last = j == rows.num_steps - 1
+        if last or completes(layout, j):
+            reports.append((j, _report(decoder.rows.num_frames)))
+        while len(reports) > (BEHIND if decoder.how == "captured" and not last else 0):
+            step, read = reports.popleft()
+            left = read()[: len(done.places)] - done.prompt_frames
+            if on_frame and completes(layout, step):
+                on_frame(int((left > frame_of(layout, step, -1)).sum()))
+            active = left > frame_of(layout, step + 1, -1)
+            if not active.any():
+                return done.all(decoder)
+            if decoder.how != "captured" and 2 * int(active.sum()) <= len(active):
+                done.leave(decoder, active)  # those that have ended cost no more
+    return done.all(decoder)
+
+
+class _Done:
+    """What has been drawn for clips that have left the batch; where the others came from."""
+
+    def __init__(self, rows: Rows):
+        self.prompt_frames = rows.prompt_frames.cpu()
+        self.places, self.num_steps = torch.arange(len(self.prompt_frames)), rows.num_steps
+        self.found: dict[int, tuple[Tensor, int]] = {}
+
+    def leave(self, decoder: Decoder, active: Tensor) -> None:
+        """All but the active rows [B] bool."""
+        drawn, num_frames = decoder.rows.drawn.cpu(), decoder.rows.num_frames.tolist()
+        for row in (~active).nonzero()[:, 0].tolist():
+            self.found[int(self.places[row])] = drawn[row, : self.num_steps], num_frames[row]
+        self.places, self.prompt_frames = self.places[active], self.prompt_frames[active]
+        if active.any():
+            decoder.keep(active.to(decoder.ids.device))
+
+    def all(self, decoder: Decoder) -> Finished:
+        self.leave(decoder, torch.zeros(len(self.places), dtype=torch.bool))
+        return [self.found[n] for n in range(len(self.found))]
+
+
+def _report(num_frames: Tensor) -> Callable[[], Tensor]:
+    """num_frames [B] as it is now, for the CPU to read later."""
+    if not num_frames.is_cuda:
+        copy = num_frames.clone()
+        return lambda: copy
+    copy = torch.empty_like(num_frames, device="cpu", pin_memory=True)
+    copy.copy_(num_frames, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return read

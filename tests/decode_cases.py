@@ -1,0 +1,135 @@
+"""A decoding step's kernels against plain ones, and whole clips. Run by itself, in Triton's
+interpreter, which must be asked for before Triton is imported."""
+
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from configs.schema import ModelConfig
+from model.attend import Attend
+from model.backends import AttentionChoice
+from model.decoder import use_decoding
+from model.drawing import Sampling
+from model.fused import EPS, rotate_heads
+from model.sampling import generate
+from model.stages import Stage, stage_spec
+from model.transformer import rotary_angles
+
+SIZES = [(1, 40, 4, 1, 8, 20), (3, 32, 4, 2, 16, 24), (17, 24, 3, 3, 12, 20)]  # B, C, H, G, D, F
+BIG = [(1, 1024, 16, 1, 64, 2752), (32, 1024, 16, 1, 64, 2752), (80, 512, 8, 2, 128, 1408)]
+
+
+def same(ours, theirs, dtype):
+    tolerance = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+def compare(device, sizes, capacity):
+    """Every kernel in fp32 and half precision (the interpreter takes bf16 for integers)."""
+    from model import decode_triton as ours
+
+    half = torch.float16 if device == "cpu" else torch.bfloat16
+    for B, C, H, G, D, ff in sizes:
+        for dtype in (torch.float32, half):
+            torch.manual_seed(0)
+
+            def made(*shape, dtype=dtype):
+                return torch.randn(shape, dtype=dtype).to(device)
+
+            x, y = made(B, C), made(B, ff)
+            normed = F.rms_norm(x, (C,), eps=EPS)
+            qkv_weight, out_weight, both = (
+                made(n, m) * m**-0.5 for n, m in ((H * D, C), (C, ff), (2 * ff, C))
+            )
+            same(ours.norm_linear(x, qkv_weight), F.linear(normed, qkv_weight), dtype)
+            gate, value = F.linear(normed, both).chunk(2, dim=-1)
+            same(ours.norm_swiglu(x, both), F.silu(gate) * value, dtype)
+            onto = made(B, C)
+            wanted = onto + F.linear(y, out_weight)
+            same(ours.add_linear(onto, y, out_weight), wanted, dtype)
+            for length, normed in ((0, False), (1, True), (capacity - 1, False)):
+                for gains in (None, (made(D), made(D))):
+                    if device == "cuda" or (B < 4 and bool(gains) == normed):
+                        attend(ours, made, device, dtype, (B, H, G, D), capacity, length, gains)
+
+
+def attend(ours, made, device, dtype, sizes, capacity, length, gains):
+    """Clips that begin at places of their own; of one all places but the new one are hidden."""
+    B, H, G, D = sizes
+    qkv, cache = made(B, H + 2 * G, D), (made(B, G, capacity, D), made(B, G, capacity, D))
+    first = torch.arange(B, device=device) % (length + 2)
+    place = torch.tensor([length], device=device)
+    cos, sin = rotary_angles(torch.arange(B, device=device)[:, None] + 3.5, D, 10_000.0)
+    normed = qkv
+    if gains is not None:
+        q, k, v = qkv.float().split([H, G, G], dim=1)
+        q, k = (F.rms_norm(t, (D,), g.float()) for t, g in zip((q, k), gains, strict=True))
+        normed = torch.cat([q, k, v], dim=1).to(dtype)
+    q, k, v = rotate_heads(normed[:, None], torch.ones(B, 1, 1, device=device), (cos, sin), G)
+    past = [
+        torch.cat([old[:, :, :length], new.transpose(1, 2)], dim=2)
+        for old, new in zip(cache, (k, v), strict=True)
+    ]
+    mask = torch.arange(length + 1, device=device) >= first.clamp(max=length)[:, None]
+    wanted = Attend(causal=True)(q.transpose(1, 2), *past, mask)  # [B,H,1,D]
+    angles = (cos.reshape(B, -1), sin.reshape(B, -1))
+    out = ours.attend_new(qkv, angles, gains, cache, place, first)
+    same(out, wanted.flatten(1), dtype)
+    for old, new in zip(cache, (k, v), strict=True):
+        same(old[:, :, length], new[:, 0], dtype)
+
+
+REQUESTS = [  # for each clip: frames of the condition, of the prompt, at most; its seed
+    [(5, 0, 4, 1), (9, 4, 7, 2), (3, 2, 3, 3)],
+    [(2, 0, 3, 4)],
+    [(4, 1, 3, 5), (1, 0, 5, 6), (6, 2, 4, 7)],
+]
+
+
+def check_clips(name, sampling, hows, device, **changes):
+    """Three requests of different lengths through the same decoder: clips as without a cache."""
+    torch.manual_seed(1)
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
+    config = ModelConfig(**sizes | changes)
+    choice = AttentionChoice(("einsum",), "test")
+    stage = Stage(stage_spec(name, 20, 4, 16, 2), config, choice).eval()
+    for parameter in stage.parameters():
+        parameter.data.mul_(8)
+    stage = stage.to(device)
+    K, K_c = stage.layout.num_codebooks, len(stage.layout.condition_sizes)
+    generator = torch.Generator().manual_seed(2)
+    found = {how: [] for how in ("anew", *hows)}
+    for request in REQUESTS:
+        numbers, given, most, seeds = zip(*request, strict=True)
+        made = [
+            [torch.randint(16, (num, T), generator=generator) for T in lengths]
+            for num, lengths in ((K_c, numbers), (K, given))
+        ]
+        conditions = made[0] if K_c else [None] * len(request)
+        arguments = (stage, conditions, made[1], list(most), list(seeds), sampling)
+        for how, clips in found.items():
+            if how != "anew" and (how != "captured" or request is REQUESTS[0]):
+                use_decoding(stage, how)
+            heard = []
+            clips += generate(*arguments, use_cache=how != "anew", on_frame=heard.append)
+            assert sum(heard) == sum(
+                c.shape[1] - n for c, n in zip(clips[-len(given) :], given, strict=True)
+            )
+    for how in hows:
+        for ours, wanted in zip(found[how], found["anew"], strict=True):
+            assert torch.equal(ours.cpu(), wanted.cpu()), (name, how)
+
+
+if __name__ == "__main__":
+    from attend_triton_cases import mend_interpreter
+
+    mend_interpreter()
+    with mock.patch("model.decode_triton.PROGRAMS", 8), torch.no_grad():
+        compare("cpu", SIZES, 150)
+        # what is captured is called instead, for there is no GPU to capture it
+        with mock.patch("model.decoder.Captured", lambda function: function):
+            few = {"num_layers": 1, "qk_norm": True}
+            check_clips("coarse", Sampling(1.0, top_k=8), ["captured"], "cpu", **few)
+            check_clips("acoustic", Sampling(temperature=0), ["triton"], "cpu", num_layers=1)
+    print("same")
