@@ -17,10 +17,9 @@ from torch import Tensor
 from model.backends import capability_of, missing_for_triton
 from model.captured import Captured
 from model.drawing import EMPTY, Rows, Sampling, completes, first_ids, frame_of, to_ids
-from model.fused import EPS
 from model.layouts import IGNORE
 from model.stages import Stage
-from model.transformer import rotary_angles
+from model.transformer import rotary_frequencies
 
 NUM_KEPT = 2  # captured decoders of a stage: each holds a cache
 BEHIND = 2  # frames that the host may be behind a captured decoder, which so never waits for it
@@ -54,20 +53,23 @@ class Decoder:
     ):
         self.stage, self.layout, self.sampling, self.how = stage, stage.layout, sampling, how
         self.cache = stage.transformer.make_cache(batch_size, capacity)
-        like = self.cache.k[0]
-        device, B, S = like.device, batch_size, self.layout.num_slots
+        dtype, device = self.cache.dtype, self.cache.device
+        B, S = batch_size, self.layout.num_slots
         self.table = stage.embed.weight + stage.embed_stream(stage.stream_of)  # [num_ids,dim]
-        self.heads = [head.weight.to(like.dtype) for head in stage.heads]
+        self.heads = [head.weight.to(dtype) for head in stage.heads]
         blocks = [] if how == "plain" else stage.transformer.blocks
-        self.layers = [_weights(block, like.dtype) for block in blocks]
-        self.firsts = first_ids(self.layout).to(device)
+        self.layers = [_weights(block, dtype) for block in blocks]
+        self.firsts, c = first_ids(self.layout).to(device), stage.transformer.config
+        self.frequencies = rotary_frequencies(c.head_dim, c.rotary_base, device)
         self.ids = torch.zeros(B, S, dtype=torch.long, device=device)
         self.positions = torch.zeros(B, device=device)
-        self.place = torch.zeros(1, dtype=torch.int32, device=device)  # that the next token takes
+        # the place that the next token takes in the cache, and its step
+        self.clock = torch.zeros(2, dtype=torch.long, device=device)
         self.first = torch.zeros(B, dtype=torch.int32, device=device)  # that is not padding
         self.mask = self.rows = None
         if how == "captured":
             self.rows = _empty_rows(B, capacity, S, device)
+            self.rows.step = self.clock[1:]
             self.replay = Captured(self._step)
 
     def begin(self, rows: Rows, ids: Tensor, positions: Tensor, mask: Tensor | None) -> None:
@@ -77,12 +79,12 @@ class Decoder:
         if self.how == "captured":
             _fill(self.rows, rows)
         else:
-            self.rows = rows
+            self.rows, rows.step = rows, self.clock[1:]
         self.cache.length = 0
         part = self.cache.first_rows(n)
         hidden = self.stage.hidden(ids, positions, mask, part)[:, -1]  # [B,dim]
         self.cache.length = length
-        self.place.fill_(length)
+        self.clock[0] = length
         self.positions[:n] = positions[:, -1] + 1
         self.first.zero_()
         if mask is not None:
@@ -111,7 +113,10 @@ class Decoder:
         self.mask = None if self.mask is None else self.mask[rows]
 
     def _step(self, head: int) -> dict[str, Tensor]:
-        self._draw(self._plain() if self.how == "plain" else self._fused(), head)
+        if self.how == "plain":
+            self._draw(self._plain(), head)
+        else:
+            self._fused(head)
         return {}
 
     def _draw(self, hidden: Tensor, head: int) -> None:
@@ -121,33 +126,31 @@ class Decoder:
         codes = self.rows.draw(self.layout, logits_of, head, self.sampling)
         self.ids.copy_(to_ids(self.layout, codes, head, self.firsts))
 
-    def _embedded(self) -> Tensor:
-        return F.embedding(self.ids, self.table).sum(dim=1).to(self.cache.k[0].dtype)  # [B,dim]
-
     def _plain(self) -> Tensor:
         seen = None if self.mask is None else self.mask[:, : self.cache.length + 1]
-        x = self._embedded()[:, None]
+        x = F.embedding(self.ids, self.table).sum(dim=1, keepdim=True)  # [B,1,dim]
         hidden = self.stage.transformer(x, self.positions[:, None], seen, self.cache)[:, 0]
         self.positions += 1
         return hidden
 
-    def _fused(self) -> Tensor:
+    def _fused(self, head: int) -> None:
         from model import decode_triton as kernels  # here: not every machine has Triton
+        from model.draw_triton import begin_step, draw_codes
 
-        c, x = self.stage.transformer.config, self._embedded()
-        cos, sin = rotary_angles(self.positions[:, None], c.head_dim, c.rotary_base)
-        angles = cos.flatten(1), sin.flatten(1)  # [B,1,1,D/2] -> [B,D/2]
-        # a clip that has ended attends to itself alone, which costs nothing
-        first = self.first.masked_fill(~self.rows.has_more(self.layout), self.cache.max_length)
+        where = (self.ids, self.table, self.frequencies, self.positions, self.first, self.rows)
+        x, angles, first = begin_step(self.layout, *where, self.cache.max_length, self.cache.dtype)
         for layer, (to_qkv, to_out, to_gate_value, ff_out, gains) in enumerate(self.layers):
             cache = self.cache.k[layer], self.cache.v[layer]
-            qkv = kernels.norm_linear(x, to_qkv).unflatten(-1, (-1, c.head_dim))  # [B,H+2G,D]
-            out = kernels.attend_new(qkv, angles, gains, cache, self.place, first)
+            qkv = kernels.norm_linear(x, to_qkv).unflatten(-1, (-1, self.cache.head_dim))
+            out = kernels.attend_new(qkv, angles, gains, cache, self.clock[:1], first)
             x = kernels.add_linear(x, out, to_out)
             x = kernels.add_linear(x, kernels.norm_swiglu(x, to_gate_value), ff_out)
-        self.positions += 1
-        self.place += 1
-        return F.rms_norm(x, x.shape[-1:], eps=EPS)
+        for slot in range(self.layout.num_slots):
+            k = head if self.layout.pattern == "flatten" else slot
+            logits = kernels.norm_linear(x, self.heads[k])
+            where = (self.sampling, self.ids, self.firsts)
+            draw_codes(self.layout, logits, self.rows, slot, k, *where)
+        self.clock += 1
 
 
 def _weights(block: torch.nn.Module, dtype: torch.dtype) -> tuple:

@@ -25,6 +25,18 @@ class KVCache:
         self.length = 0
         self.max_length = max_length
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k[0].device
+
+    @property
+    def head_dim(self) -> int:
+        return self.k[0].shape[-1]
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v [B,G,T,D] after the filled places; return views of all of them [B,G,J,D]."""
         end = self.length + k.shape[2]

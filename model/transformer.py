@@ -26,10 +26,15 @@ from model.fused import (
 from model.kv_cache import KVCache
 
 
+def rotary_frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
+    """Radians per position of each pair: [D/2]."""
+    return base ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+
+
 def rotary_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """positions [B,T] -> cos, sin [B,T,1,D/2] of the rotary embedding (Su et al. 2021)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[:, :, None, None].float() * base**-exponents  # [B,T,1,D/2]
+    frequencies = rotary_frequencies(head_dim, base, positions.device)
+    angles = positions[:, :, None, None].float() * frequencies  # [B,T,1,D/2]
     return angles.cos(), angles.sin()
 
 

@@ -131,7 +131,11 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def call_prepared(self, *args, **kwargs):
-        if self.fn.__module__ in ("model.attend_kernels", "model.decode_triton"):
+        if self.fn.__module__ in (
+            "model.attend_kernels",
+            "model.decode_triton",
+            "model.draw_triton",
+        ):
             return self.rewrite()(*args, **kwargs)
         return call(self, *args, **kwargs)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decode_cases import BIG, SIZES, check_clips, compare
+from decode_cases import BIG, SIZES, check_clips, compare, compare_draws
 
 from model.decoder import Decoders, choose_decoding
 from model.drawing import Sampling
@@ -36,6 +36,7 @@ def test_kernels_and_captured_clips_in_the_interpreter():
 def test_kernels_equal_plain_ones_on_a_gpu():
     compare("cuda", SIZES, 150)
     compare("cuda", BIG, 2048)
+    compare_draws("cuda", 300, 9)
 
 
 @needs_gpu

@@ -1,0 +1,146 @@
+"""What is before and after the layers of a decoding step, in two Triton kernels: ids become
+embeddings, and logits become codes."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.drawing import EMPTY, Rows, Sampling
+from model.layouts import IGNORE, PAD, Layout
+
+
+@triton.jit
+def _begin(
+    ids, table, frequencies, positions, first, prompt_frames, num_frames, step,
+    x, cos, sin, starts, num_slots, dim, half, per_frame, delay, capacity,
+    C: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    clip, c, pair = tl.program_id(0), tl.arange(0, C), tl.arange(0, HALF)
+    total = tl.zeros([C], tl.float32)
+    for slot in range(num_slots):
+        token = tl.load(ids + clip * num_slots + slot)
+        total += tl.load(table + token * dim + c, c < dim, 0.0).to(tl.float32)
+    tl.store(x + clip.to(tl.int64) * dim + c, total, c < dim)
+    position, some = tl.load(positions + clip), pair < half
+    angle = position * tl.load(frequencies + pair, some, 0.0)
+    tl.store(cos + clip * half + pair, tl.cos(angle), some)
+    tl.store(sin + clip * half + pair, tl.sin(angle), some)
+    tl.store(positions + clip, position + 1)
+    left = tl.load(num_frames + clip) - tl.load(prompt_frames + clip)
+    begins = tl.load(first + clip)
+    ended = left <= tl.load(step) // per_frame - delay
+    tl.store(starts + clip, tl.where(ended, capacity, begins))
+
+
+@triton.jit
+def _largest(keys, weights, least):
+    """The largest key such that the weights of those at it or above sum to `least` or more."""
+    found = tl.full([1], 0, tl.uint32)
+    for n in tl.static_range(32):
+        tried = found | (1 << (31 - n))
+        enough = tl.sum(tl.where(keys >= tried, weights, 0.0)) >= least
+        found = tl.where(enough, tried, found)
+    return found
+
+
+@triton.jit
+def _draw(
+    logits, known, uniform, drawn, ids, step, prompt_frames, min_frames, num_frames, firsts,
+    num_classes, num_steps, num_slots, slot, head, eos, per_frame, delay,
+    temperature, top_k, top_p, min_p,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    EMPTY: tl.constexpr, IGNORE: tl.constexpr, PAD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`filter_logits`, `draw` and the rest of `Rows.draw` for a slot of each clip."""
+    clip, c = tl.program_id(0), tl.arange(0, C)
+    now = tl.load(step)
+    frame = tl.load(prompt_frames + clip) + now // per_frame - delay
+    x = tl.load(logits + clip * num_classes + c, c < num_classes, float("-inf")).to(tl.float32)
+    if eos >= 0:  # of head 0 alone
+        x = tl.where((c == eos) & (frame < tl.load(min_frames + clip)), float("-inf"), x)
+    at = (clip * num_steps + now) * num_slots + slot
+    if GREEDY:
+        code = tl.argmax(x, axis=0).to(tl.int64)
+    else:
+        x /= temperature
+        bits = x.to(tl.int32, bitcast=True)  # as integers that are in the order of the floats
+        keys = tl.where(bits < 0, ~bits, bits ^ (-2147483648)).to(tl.uint32, bitcast=True)
+        if TOP_K:
+            x = tl.where(
+                keys >= _largest(keys, tl.full([C], 1.0, tl.float32), top_k), x, float("-inf")
+            )
+        likely = tl.exp(x - tl.max(x, axis=0))
+        if TOP_P:
+            least = _largest(keys, likely, top_p * tl.sum(likely))
+            likely = tl.where(keys >= least, likely, 0.0)
+        if MIN_P:
+            likely = tl.where(likely >= min_p, likely, 0.0)
+        cumulative = tl.cumsum(likely, axis=0)
+        threshold = tl.load(uniform + at) * tl.sum(likely)
+        code = tl.sum(((cumulative <= threshold) & (c < num_classes)).to(tl.int32))
+        code = tl.minimum(code, num_classes - 1).to(tl.int64)
+    given = tl.load(known + at)
+    code = tl.where(given == IGNORE, code, given)
+    frames = tl.load(num_frames + clip)
+    if eos >= 0:
+        frames = tl.where((code == eos) & (frame < frames), frame, frames)
+        tl.store(num_frames + clip, frames)
+    code = tl.where((frame < 0) | (frame >= frames), EMPTY, code)
+    tl.store(drawn + at, code)
+    tl.store(ids + clip * num_slots + slot, tl.where(code < 0, PAD, code + tl.load(firsts + head)))
+
+
+def _timing(layout: Layout, slot: int) -> tuple[int, int]:
+    """(per_frame, delay): a slot's frame is step // per_frame - delay."""
+    K = layout.num_codebooks
+    return (K, 0) if layout.pattern == "flatten" else (1, slot % K)
+
+
+def begin_step(
+    layout: Layout,
+    ids: Tensor,
+    table: Tensor,
+    frequencies: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    rows: Rows,
+    capacity: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """ids [B,S], table [num_ids,C], positions [B] -> x [B,C]; cos, sin [B,D/2]; the first place
+    [B] that each clip sees: `first`, or none before the new one, if it has ended. Positions move
+    on by one."""
+    (B, S), dim, half = ids.shape, table.shape[1], frequencies.numel()
+    x, starts = table.new_empty(B, dim, dtype=dtype), torch.empty_like(first)
+    cos, sin = (frequencies.new_empty(B, half) for _ in range(2))
+    _begin[(B,)](
+        ids, table, frequencies, positions, first, rows.prompt_frames, rows.num_frames, rows.step,
+        x, cos, sin, starts, S, dim, half, *_timing(layout, -1), capacity,
+        C=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half),
+    )  # fmt: skip
+    return x, (cos, sin), starts
+
+
+def draw_codes(
+    layout: Layout,
+    logits: Tensor,
+    rows: Rows,
+    slot: int,
+    head: int,
+    sampling: Sampling,
+    ids: Tensor,
+    firsts: Tensor,
+) -> None:
+    """`Rows.draw` and `to_ids` of one slot from head `head`'s logits [B,C], in place; the step is
+    not counted."""
+    (B, num_classes), (_, steps, S) = logits.shape, rows.drawn.shape
+    _draw[(B,)](
+        logits, rows.known, rows.uniform, rows.drawn, ids, rows.step, rows.prompt_frames,
+        rows.min_frames, rows.num_frames, firsts, num_classes, steps, S, slot, head,
+        layout.eos if head == 0 else -1, *_timing(layout, slot),
+        sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p,
+        GREEDY=sampling.temperature == 0, TOP_K=0 < sampling.top_k < num_classes,
+        TOP_P=sampling.top_p < 1, MIN_P=sampling.min_p > 0,
+        EMPTY=EMPTY, IGNORE=IGNORE, PAD=PAD, C=triton.next_power_of_2(num_classes),
+    )  # fmt: skip
