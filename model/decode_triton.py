@@ -8,13 +8,23 @@ a number that the host knows, so a step can be captured as a CUDA graph and repl
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.fused import EPS
+from model.fused_triton import swiglu
 
-FEW = 64  # clips, up to which `_product` is launched; more fill cuBLAS's tiles
+# Clips up to so many -> their rows in a tile, outputs, inputs at a time, warps, loads in flight of
+# `_product`. More clips fill cuBLAS's tiles.
+TILES = {
+    1: (1, 8, 512, 4, 3),
+    16: (16, 16, 128, 4, 4),
+    32: (32, 16, 128, 4, 4),
+    64: (64, 16, 128, 4, 4),
+}
+KEYS = (64, 4, 2)  # at a time, warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
 
@@ -168,13 +178,13 @@ def _merge(parts, lse, out, shared, width, PARTS: tl.constexpr, M: tl.constexpr,
     tl.store(to, total / weight[:, None], inside)
 
 
+def _few(x: Tensor) -> bool:
+    return len(x) <= max(TILES)
+
+
 def _launch(x: Tensor, weight: Tensor, out: Tensor, gated: bool, norm: bool, add: bool) -> Tensor:
     (B, num_inputs), num_outputs = x.shape, out.shape[1]
-    if B == 1:
-        rows, columns, inputs, warps, stages = 1, 8, 512, 4, 3
-    else:
-        rows = max(16, triton.next_power_of_2(B))
-        columns, inputs, warps, stages = 16, 128, 4, 4
+    rows, columns, inputs, warps, stages = next(tile for most, tile in TILES.items() if most >= B)
     inputs = min(inputs, max(16, triton.next_power_of_2(num_inputs)))
     grid = (triton.cdiv(num_outputs, columns), triton.cdiv(B, rows))
     _product[grid](
@@ -186,18 +196,25 @@ def _launch(x: Tensor, weight: Tensor, out: Tensor, gated: bool, norm: bool, add
 
 def norm_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [B,C] divided by its root mean square, weight [N,C] -> [B,N]."""
+    if not _few(x):
+        return F.linear(F.rms_norm(x, x.shape[-1:], eps=EPS), weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
     return _launch(x, weight, out, gated=False, norm=True, add=False)
 
 
 def norm_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """x [B,C] divided by its root mean square, gates and values weight [2F,C] -> [B,F]."""
+    if not _few(x):
+        gate_value = F.linear(F.rms_norm(x, x.shape[-1:], eps=EPS), weight)
+        return swiglu(gate_value, gate_value.new_ones(len(x), 1, dtype=torch.float32))
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     return _launch(x, weight, out, gated=True, norm=True, add=False)
 
 
 def add_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """onto [B,C] += x [B,F] weight [C,F]^T, in place."""
+    if not _few(x):
+        return onto.addmm_(x, weight.mT)
     return _launch(x, weight, onto, gated=False, norm=False, add=True)
 
 
@@ -223,11 +240,13 @@ def attend_new(
     out = qkv.new_empty(B, num_heads * D)
     pieces = out if parts == 1 else qkv.new_empty(B * G, parts, shared, D, dtype=torch.float32)
     lse = pieces if parts == 1 else pieces.new_empty(B * G, parts, shared)
+    keys, warps, stages = KEYS
     M, HALF = max(16, triton.next_power_of_2(shared)), max(16, triton.next_power_of_2(half))
     _attend[(B * G, parts)](
         qkv, *angles, *(gains or (qkv, qkv)), k, v, place, first, pieces, lse,
         G, shared, half, capacity, D**-0.5,
-        NORM=gains is not None, PARTS=parts, M=M, N=64, HALF=HALF, num_warps=4, num_stages=2,
+        NORM=gains is not None, PARTS=parts, M=M, N=keys, HALF=HALF,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if parts > 1:
         _merge[(B * G,)](pieces, lse, out, shared, D, PARTS=parts, M=M, D=2 * HALF)
