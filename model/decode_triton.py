@@ -81,7 +81,7 @@ def _product(
 
 
 @triton.jit
-def _turned(at, gains, cos, sin, num, half, inside, NORM: tl.constexpr):
+def _turned(at, gains, cos, sin, half, inside, NORM: tl.constexpr):
     """Heads at `at` [M,HALF], in halves, by their angles; NORM: each divided by its RMS first."""
     a = tl.load(at, inside, 0.0).to(tl.float32)
     b = tl.load(at + half, inside, 0.0).to(tl.float32)
@@ -91,6 +91,20 @@ def _turned(at, gains, cos, sin, num, half, inside, NORM: tl.constexpr):
         a *= scale * tl.load(gains + pair, pair < half, 0.0).to(tl.float32)[None, :]
         b *= scale * tl.load(gains + half + pair, pair < half, 0.0).to(tl.float32)[None, :]
     return a * cos - b * sin, a * sin + b * cos
+
+
+@triton.jit
+def _keep(new_k, new_v, k, v, gains, cos, sin, place, half, NORM: tl.constexpr, HALF: tl.constexpr):
+    """The new key, turned, and value, as the cache now has them at `place`: halves [1,HALF] of the
+    one, [2*HALF] of the other."""
+    pair, d = tl.arange(0, HALF)[None, :], tl.arange(0, 2 * HALF)
+    k1, k2 = _turned(new_k + pair, gains, cos, sin, half, pair < half, NORM)
+    k1, k2 = k1.to(k.dtype.element_ty), k2.to(k.dtype.element_ty)
+    value = tl.load(new_v + d, d < 2 * half, 0.0)
+    tl.store(k + place * 2 * half + pair, k1, pair < half)
+    tl.store(k + place * 2 * half + half + pair, k2, pair < half)
+    tl.store(v + place * 2 * half + d, value, d < 2 * half)
+    return k1, k2, value
 
 
 @triton.jit
@@ -114,7 +128,7 @@ def _attend(
     width = 2 * half
     row = qkv + clip.to(tl.int64) * (num_kv * (shared + 2)) * width
     at_q = row + (g * shared + head)[:, None] * width + pair[None, :]
-    q1, q2 = _turned(at_q, q_gain, c, s, shared, half, in_q, NORM)
+    q1, q2 = _turned(at_q, q_gain, c, s, half, in_q, NORM)
     q1, q2 = (q1 * scale).to(cache_k.dtype.element_ty), (q2 * scale).to(cache_k.dtype.element_ty)
     k = cache_k + group.to(tl.int64) * capacity * width
     v = cache_v + group.to(tl.int64) * capacity * width
@@ -122,16 +136,13 @@ def _attend(
     weight = tl.zeros([M], tl.float32)
     total = tl.zeros([M, 2 * HALF], tl.float32)
     if part == PARTS - 1:  # the new key: of no tile, for nobody else has it yet
-        at_k = row + (num_kv * shared + g) * width + pair[None, :]
-        k1, k2 = _turned(at_k, k_gain, c, s, 1, half, (pair < half)[None, :], NORM)
-        k1, k2 = k1.to(cache_k.dtype.element_ty), k2.to(cache_k.dtype.element_ty)
-        new_v = tl.load(row + (num_kv * (shared + 1) + g) * width + d, d < width, 0.0)
-        tl.store(k + length * width + pair[None, :], k1, (pair < half)[None, :])
-        tl.store(k + length * width + half + pair[None, :], k2, (pair < half)[None, :])
-        tl.store(v + length * width + d, new_v, d < width)
+        new = row + (num_kv * shared + g) * width
+        k1, k2, value = _keep(
+            new, new + num_kv * width, k, v, k_gain, c, s, length, half, NORM, HALF
+        )
         both = q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32)
         most, weight = tl.sum(both, axis=1), weight + 1
-        total += new_v.to(tl.float32)[None, :]
+        total += value.to(tl.float32)[None, :]
     for at in range(begin, end, N):
         j = at + tl.arange(0, N)
         seen = j < end
