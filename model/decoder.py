@@ -33,12 +33,11 @@ def choose_decoding(wanted: str, device: torch.device) -> tuple[str, str]:
     missing = missing_for_triton() if device.type == "cuda" else ["a CUDA GPU"]
     if device.type == "cuda" and capability_of(device) < (8, 0):
         missing.append("compute capability 8.0")
-    if not missing:
-        return ("captured", "a step is one CUDA graph") if wanted == "auto" else (wanted, "as told")
-    lacks = " and ".join(missing)
-    if wanted == "auto":
-        return "plain", f"captured steps need {lacks}"
-    raise ValueError(f"decoding={wanted} needs {lacks}; take plain")
+    if wanted == "auto":  # until a GPU has run the others
+        return "plain", f"captured steps need {' and '.join(missing)}" if missing else "by default"
+    if missing:
+        raise ValueError(f"decoding={wanted} needs {' and '.join(missing)}; take plain")
+    return wanted, "as configured"
 
 
 class Decoder:

@@ -66,7 +66,8 @@ def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
         "--decoding",
         choices=("auto", "plain", "triton", "captured"),
         default="auto",
-        help="how a step is computed: captured as a CUDA graph where that can be (auto)",
+        help="how a step is computed: by the modules, by Triton kernels, by those as a CUDA graph "
+        "(auto: plain)",
     )
     parser.add_argument(
         "--precision",

@@ -53,7 +53,8 @@ def test_a_way_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkey
     cpu, gpu, capability = torch.device("cpu"), torch.device("cuda"), [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
     monkeypatch.setattr("model.decoder.missing_for_triton", lambda: [])
-    assert choose_decoding("auto", gpu) == ("captured", "a step is one CUDA graph")
+    assert choose_decoding("auto", gpu) == ("plain", "by default")
+    assert choose_decoding("captured", gpu) == ("captured", "as configured")
     assert choose_decoding("auto", cpu) == ("plain", "captured steps need a CUDA GPU")
     assert choose_decoding("plain", gpu) == ("plain", "as configured")
     with pytest.raises(ValueError, match="decoding=captured needs a CUDA GPU; take plain"):

@@ -55,6 +55,27 @@ def test_cached_equals_uncached_token_for_token(name, sampling, backend):
         assert a.max() < max(stage.layout.target_sizes)
 
 
+@torch.no_grad()
+def test_matrices_of_half_precision_are_sampled_from():
+    """As on a GPU: nearly all the codes of full precision, with a cache and without."""
+    (conditions, prompts, limits), clips = ragged(build("coarse")), []
+    for dtype, use_cache in (
+        (torch.float32, True),
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+    ):
+        stage = build("coarse").sampled_in(dtype)
+        assert stage.transformer.make_cache(1, 1).dtype == dtype
+        stage.heads[0].weight[stage.layout.eos] = 0
+        arguments = (conditions, prompts, limits, [1, 2, 3], GREEDY)
+        clips.append(generate(stage, *arguments, use_cache=use_cache))
+    for others in clips[1:]:
+        agree = [
+            (a[:, :6] == b[:, :6]).float().mean() for a, b in zip(clips[0], others, strict=True)
+        ]
+        assert sum(agree) / 3 > 0.8
+
+
 @pytest.mark.parametrize("semantic_rate", [0.5, 2 / 3, 1.0, 1.6])
 @pytest.mark.parametrize("name", STAGES)
 @torch.no_grad()
