@@ -46,7 +46,7 @@ def select_backends(
     """
     if requested == "triton" and not has_triton:
         raise ValueError(
-            "attention.backend=triton needs Triton and a C compiler, here is not both; use auto"
+            "attention.backend=triton needs Triton and a C compiler: one is missing; use auto"
         )
     facts = (device_type, capability or (0, 0), dtype, head_dim)
     uses = (has_mask, has_bias, has_dropout, torch_version)

@@ -1,4 +1,4 @@
-"""A decoding step in Triton: what one new place for each clip takes, per layer five launches.
+"""A decoding step in Triton: what one new place for each clip takes, five or six launches a layer.
 
 With one query a clip every weight and every key is read once and used a few times, so a step is as
 fast as memory is read and as kernels are few. Hence norms, gates and residuals are computed where
@@ -17,14 +17,14 @@ from model.fused import EPS
 from model.fused_triton import swiglu
 
 # Clips up to so many -> their rows in a tile, outputs, inputs at a time, warps, loads in flight of
-# `_product`. More clips fill cuBLAS's tiles.
+# `_product`; half as many inputs in fp32. More clips fill cuBLAS's tiles.
 TILES = {
     1: (1, 8, 512, 4, 3),
     16: (16, 16, 128, 4, 4),
     32: (32, 16, 128, 4, 4),
     64: (64, 16, 128, 4, 4),
 }
-KEYS = (64, 4, 2)  # at a time, warps, loads in flight of `_attend`
+KEYS = (64, 4, 2)  # at a time (half in fp32), warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
 
@@ -196,7 +196,7 @@ def _few(x: Tensor) -> bool:
 def _launch(x: Tensor, weight: Tensor, out: Tensor, gated: bool, norm: bool, add: bool) -> Tensor:
     (B, num_inputs), num_outputs = x.shape, out.shape[1]
     rows, columns, inputs, warps, stages = next(tile for most, tile in TILES.items() if most >= B)
-    inputs = min(inputs, max(16, triton.next_power_of_2(num_inputs)))
+    inputs = min(inputs // (x.element_size() // 2), max(16, triton.next_power_of_2(num_inputs)))
     grid = (triton.cdiv(num_outputs, columns), triton.cdiv(B, rows))
     _product[grid](
         x, weight, out, B, num_outputs, num_inputs, EPS, NORM=norm, GATED=gated, ADD=add,
@@ -251,7 +251,7 @@ def attend_new(
     out = qkv.new_empty(B, num_heads * D)
     pieces = out if parts == 1 else qkv.new_empty(B * G, parts, shared, D, dtype=torch.float32)
     lse = pieces if parts == 1 else pieces.new_empty(B * G, parts, shared)
-    keys, warps, stages = KEYS
+    keys, warps, stages = KEYS[0] // (qkv.element_size() // 2), *KEYS[1:]
     M, HALF = max(16, triton.next_power_of_2(shared)), max(16, triton.next_power_of_2(half))
     _attend[(B * G, parts)](
         qkv, *angles, *(gains or (qkv, qkv)), k, v, place, first, pieces, lse,

@@ -65,7 +65,7 @@ class Decoder:
         # the place that the next token takes in the cache, and its step
         self.clock = torch.zeros(2, dtype=torch.long, device=device)
         self.first = torch.zeros(B, dtype=torch.int32, device=device)  # that is not padding
-        self.mask = self.rows = None
+        self.mask, self.rows = None, None  # the mask of "plain" alone
         if how == "captured":
             self.rows = _empty_rows(B, capacity, S, device)
             self.rows.step = self.clock[1:]
@@ -86,10 +86,11 @@ class Decoder:
         self.clock[0] = length
         self.positions[:n] = positions[:, -1] + 1
         self.first.zero_()
-        if mask is not None:
-            self.first[:n] = (~mask).sum(dim=1)
+        if mask is not None and self.how == "plain":
             more = mask.new_ones(n, self.cache.max_length - length)
             self.mask = torch.cat([mask, more], dim=1)
+        elif mask is not None:
+            self.first[:n] = (~mask).sum(dim=1)
         hidden = F.pad(hidden, (0, 0, 0, len(self.ids) - n))
         self._draw(hidden, 0)
 
@@ -150,6 +151,7 @@ class Decoder:
             where = (self.sampling, self.ids, self.firsts)
             draw_codes(self.layout, logits, self.rows, slot, k, *where)
         self.clock += 1
+        self.positions += 1
 
 
 def _weights(block: torch.nn.Module, dtype: torch.dtype) -> tuple:
@@ -194,7 +196,8 @@ class Decoders:
         key = (B, -(-capacity // 512) * 512, sampling)
         if key not in self.kept:
             while len(self.kept) >= NUM_KEPT:
-                self.kept.popitem(last=False)
+                _, oldest = self.kept.popitem(last=False)
+                del oldest.replay  # which holds the decoder, and so its memory
             self.kept[key] = Decoder(stage, *key, how="captured")
         self.kept.move_to_end(key)
         return self.kept[key]

@@ -26,7 +26,6 @@ def _begin(
     angle = position * tl.load(frequencies + pair, some, 0.0)
     tl.store(cos + clip * half + pair, tl.cos(angle), some)
     tl.store(sin + clip * half + pair, tl.sin(angle), some)
-    tl.store(positions + clip, position + 1)
     left = tl.load(num_frames + clip) - tl.load(prompt_frames + clip)
     begins = tl.load(first + clip)
     ended = left <= tl.load(step) // per_frame - delay
@@ -78,8 +77,10 @@ def _draw(
             likely = tl.where(likely >= min_p, likely, 0.0)
         cumulative = tl.cumsum(likely, axis=0)
         threshold = tl.load(uniform + at) * tl.sum(likely)
-        code = tl.sum(((cumulative <= threshold) & (c < num_classes)).to(tl.int32))
-        code = tl.minimum(code, num_classes - 1).to(tl.int64)
+        # the sum and the scan may round differently: then the last class that can be drawn
+        able = likely > 0
+        last = tl.max(tl.where(able, c, -1), axis=0)
+        code = tl.min(tl.where(able & (cumulative > threshold), c, last), axis=0).to(tl.int64)
     given = tl.load(known + at)
     code = tl.where(given == IGNORE, code, given)
     frames = tl.load(num_frames + clip)
@@ -109,8 +110,7 @@ def begin_step(
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """ids [B,S], table [num_ids,C], positions [B] -> x [B,C]; cos, sin [B,D/2]; the first place
-    [B] that each clip sees: `first`, or none before the new one, if it has ended. Positions move
-    on by one."""
+    [B] that each clip sees: `first`, or none before the new one, if it has ended."""
     (B, S), dim, half = ids.shape, table.shape[1], frequencies.numel()
     x, starts = table.new_empty(B, dim, dtype=dtype), torch.empty_like(first)
     cos, sin = (frequencies.new_empty(B, half) for _ in range(2))

@@ -41,19 +41,20 @@ class Sampling:
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [..,C] -> logits / temperature with every class that is ruled out at -inf.
 
-    top_k keeps the k best; top_p the smallest set of the best whose probability reaches p
-    (Holtzman et al. 2020); min_p those at least min_p times as likely as the best (Nguyen et al.
-    2024).
+    top_k keeps the k best; top_p the smallest set of the best whose probability reaches p, and what
+    is as likely as the last of them (Holtzman et al. 2020); min_p those at least min_p times as
+    likely as the best (Nguyen et al. 2024).
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if sampling.top_p < 1:
-        ordered = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = ordered.values.cumsum(dim=-1) - ordered.values  # mass of the better classes
-        drop = (before >= sampling.top_p).scatter(-1, ordered.indices, before >= sampling.top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
+        probs = logits.softmax(dim=-1)
+        ordered = probs.sort(dim=-1, descending=True).values
+        better = ordered.cumsum(dim=-1) - ordered  # mass of the better classes
+        least = ordered.masked_fill(better >= sampling.top_p, 1.0).amin(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probs < least, float("-inf"))
     if sampling.min_p > 0:
         probs = logits.softmax(dim=-1)
         least = sampling.min_p * probs.amax(dim=-1, keepdim=True)

@@ -119,7 +119,7 @@ def choose_kernels(
     lacks = " and ".join(missing)
     if wanted == "auto":
         if missing:
-            return "plain", f"with {lacks} Triton's would be about twice as fast"
+            return "plain", f"Triton's, about twice as fast, need {lacks}"
         return "triton", "by hand: what passes between products is read and written once"
     if missing:
         raise ValueError(f"train.kernels={wanted} needs {lacks}; set train.kernels=plain")

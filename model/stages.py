@@ -154,7 +154,7 @@ class Stage(nn.Module):
         return self.transformer(x, positions, mask, kv_cache, segments)
 
     def sampled_in(self, dtype: torch.dtype) -> "Stage":
-        """This stage with matrices of that dtype; embeddings, which are looked up, stay as is."""
+        """This stage, changed: all but the embeddings, which are looked up, in that dtype."""
         self.transformer.to(dtype)
         self.heads.to(dtype)
         return self

@@ -130,8 +130,9 @@ class Block(nn.Module):
         """x + branch(x normalised): by the branch's last product, if nothing is dropped."""
         copy, x, scale = fork(x, self.kernels)
         if self.dropout and self.training:
-            return copy + F.dropout(branch(None, x, scale, *context, self.kernels), self.dropout)
-        return branch(copy, x, scale, *context, self.kernels)
+            added = branch(None, x, scale, *context, kernels=self.kernels)
+            return copy + F.dropout(added, self.dropout)
+        return branch(copy, x, scale, *context, kernels=self.kernels)
 
 
 class Transformer(nn.Module):

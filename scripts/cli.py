@@ -54,6 +54,8 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton and CUDA graphs ask for no other
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason})") from None

@@ -34,7 +34,7 @@ from model.pipeline import (
     resynthesis,
 )
 from model.semantic import load_semantic
-from model.stages import STAGES
+from model.stages import STAGES, Stage
 from scripts.cli import find_device, run_cli
 from scripts.run_log import environment
 from scripts.sample_options import (
@@ -88,9 +88,14 @@ def load_models(arguments: Namespace, device: torch.device) -> Models:
                 f"these runs, {expected[kind]['name']} ({expected[kind]['fingerprint']}); "
                 f"pass it with {'--codec' if kind == 'codec' else '--semantic-tokenizer'}"
             )
-    print(stage.transformer.attention)
-    print(f"decoding: {how} ({why}), {str(stage.transformer.dtype).removeprefix('torch.')}")
+    print(*{str(stage.transformer.attention) for stage in stages.values()}, sep="\n")
+    print(f"decoding: {how} ({why}), {dtype_name(stages)}")
     return Models(stages, states, codec, semantic, semantic_rate(**expected), device)
+
+
+def dtype_name(stages: dict[str, Stage]) -> str:
+    """What they are sampled in."""
+    return str(next(iter(stages.values())).transformer.dtype).removeprefix("torch.")
 
 
 def encode_prompt(path: str, seconds: float | None, models: Models) -> Prompt:
@@ -255,6 +260,8 @@ def sample(arguments: Namespace) -> list[Path]:
             "original": None,
             "reconstruction": None,
             "max_seconds": None if arguments.resynthesize else arguments.seconds,
+            "precision": dtype_name(models.stages),
+            "decoding": choose_decoding(arguments.decoding, device)[0],
             "sampling": {name: asdict(samplings[name]) for name in models.stages},
             "checkpoints": {name: state["path"] for name, state in models.states.items()},
             "tokenizers": models.any_state["tokenizers"],

@@ -155,7 +155,7 @@ def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(mon
     monkeypatch.setattr("shutil.which", lambda _: None)
     assert choose_kernels("auto", "cuda", (9, 0)) == (
         "plain",
-        "with a C compiler Triton's would be about twice as fast",
+        "Triton's, about twice as fast, need a C compiler",
     )
     with pytest.raises(ValueError, match=r"train.kernels=compiled needs a C\+\+ compiler; set"):
         choose_kernels("compiled", "cpu")
