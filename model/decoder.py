@@ -181,6 +181,8 @@ def _fill(buffers: Rows, rows: Rows) -> None:
 
 def use_decoding(stage: Stage, how: str) -> None:
     """`how` as `choose_decoding` gave it."""
+    if isinstance(stage.decoding, Decoders):
+        stage.decoding.forget(all_but=0)
     stage.decoding = Decoders() if how == "captured" else how
     stage.transformer.use_kernels("plain" if how == "plain" else "triton")
 
@@ -195,12 +197,16 @@ class Decoders:
         B = 1 << (batch_size - 1).bit_length() if batch_size <= 64 else -(-batch_size // 32) * 32
         key = (B, -(-capacity // 512) * 512, sampling)
         if key not in self.kept:
-            while len(self.kept) >= NUM_KEPT:
-                _, oldest = self.kept.popitem(last=False)
-                del oldest.replay  # which holds the decoder, and so its memory
+            self.forget(all_but=NUM_KEPT - 1)
             self.kept[key] = Decoder(stage, *key, how="captured")
         self.kept.move_to_end(key)
         return self.kept[key]
+
+    def forget(self, all_but: int) -> None:
+        """Free all but those that were used last."""
+        while len(self.kept) > all_but:
+            _, oldest = self.kept.popitem(last=False)
+            del oldest.replay  # which holds the decoder, and so its memory
 
 
 def decode(

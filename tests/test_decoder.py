@@ -136,3 +136,7 @@ def test_decoders_serve_batches_and_lengths_rounded_up(monkeypatch):
     decoders.of(None, 128, 512, greedy)
     assert made == [(4, 1024, "captured"), (128, 512, "captured"), *made[2:]]
     assert made[2:] == [(1, 512, "captured"), (128, 512, "captured")]
+    freed = list(decoders.kept.values())
+    decoders.forget(all_but=0)
+    assert not decoders.kept
+    assert not any(hasattr(decoder, "replay") for decoder in freed)
