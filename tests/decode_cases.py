@@ -160,6 +160,7 @@ def check_clips(name, sampling, hows, device, more=0, **changes):
         arguments = (stage, conditions, made[1], limits, list(seeds), sampling)
         wanted = generate(*arguments, use_cache=False)
         for how in hows:
+            stage.decoding = "plain"  # or the decoders of the request before would be freed
             use_decoding(stage, how)
             if how == "captured":
                 stage.decoding = decoders
