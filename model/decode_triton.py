@@ -27,6 +27,7 @@ TILES = {
 KEYS = (64, 4, 2)  # at a time (half in fp32), warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
+HEAD_EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # that F.rms_norm takes in `HeadNorm`
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def _turned(at, gains, cos, sin, half, inside, NORM: tl.constexpr):
     b = tl.load(at + half, inside, 0.0).to(tl.float32)
     if NORM:
         pair = tl.arange(0, a.shape[1])
-        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * half) + 1.1920929e-07)[:, None]
+        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / (2 * half) + HEAD_EPS)[:, None]
         a *= scale * tl.load(gains + pair, pair < half, 0.0).to(tl.float32)[None, :]
         b *= scale * tl.load(gains + half + pair, pair < half, 0.0).to(tl.float32)[None, :]
     return a * cos - b * sin, a * sin + b * cos

@@ -30,9 +30,7 @@ def choose_decoding(wanted: str, device: torch.device) -> tuple[str, str]:
     """("plain", "triton" or "captured"; why). ValueError: asked for, but cannot be."""
     if wanted == "plain":
         return wanted, "as configured"
-    missing = missing_for_triton() if device.type == "cuda" else ["a CUDA GPU"]
-    if device.type == "cuda" and capability_of(device) < (8, 0):
-        missing.append("compute capability 8.0")
+    missing = missing_for_triton(device.type, capability_of(device))
     if wanted == "auto":  # until a GPU has run the others
         return "plain", f"captured steps need {' and '.join(missing)}" if missing else "by default"
     if missing:

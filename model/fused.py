@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.backends import missing_for_triton
+from model.backends import has_compiler, missing_for_triton
 
 EPS = 1e-6
 
@@ -111,11 +111,10 @@ def choose_kernels(
         return wanted, "as configured"
     if wanted == "auto" and device_type != "cuda":
         return "plain", f"{device_type}: its pieces are small beside their products"
-    missing = missing_for_triton("cuda" if wanted == "triton" else device_type)
-    if device_type != "cuda" and wanted == "triton":
-        missing.append("a CUDA GPU")
-    elif device_type == "cuda" and wanted != "compiled" and (capability or (0, 0)) < (8, 0):
-        missing.append("compute capability 8.0")
+    if wanted == "compiled" and device_type != "cuda":
+        missing = [] if has_compiler("CXX", "g++") else ["a C++ compiler"]
+    else:  # for a GPU torch.compile writes Triton as well, for older ones too
+        missing = missing_for_triton(device_type, (8, 0) if wanted == "compiled" else capability)
     lacks = " and ".join(missing)
     if wanted == "auto":
         if missing:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.attend import Attend, _with_masked_key
-from model.backends import BACKENDS, AttentionChoice, resolve, select_backends
+from model.backends import BACKENDS, AttentionChoice, resolve, sampling_dtype, select_backends
 
 CUDA = torch.cuda.is_available()
 LENGTHS = {
@@ -188,6 +188,15 @@ def test_a_choice_that_cannot_be_honoured_is_an_error(
 ):
     with pytest.raises(ValueError, match=reason):
         select_backends(device, capability, dtype, 64, requested=requested, **uses)
+
+
+def test_what_is_sampled_in():
+    cpu, apple = torch.device("cpu"), torch.device("mps")
+    assert [sampling_dtype(wanted, cpu) for wanted in ("auto", "bf16")] == [FP32, BF16]
+    assert sampling_dtype("auto", apple) == FP32
+    for wanted, said in (("bf16", "not on this mps device"), ("half", "expected one of auto")):
+        with pytest.raises(ValueError, match=said):
+            sampling_dtype(wanted, apple)
 
 
 def test_a_choice_that_can_be_honoured_is_alone():

@@ -103,7 +103,8 @@ def test_every_way_makes_the_same_clips_on_a_gpu(name, sampling):
 def test_a_way_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):
     cpu, gpu, capability = torch.device("cpu"), torch.device("cuda"), [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
-    monkeypatch.setattr("model.decoder.missing_for_triton", lambda: [])
+    monkeypatch.setattr("model.backends.find_spec", lambda _: object())
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
     assert choose_decoding("auto", gpu) == ("plain", "by default")
     assert choose_decoding("captured", gpu) == ("captured", "as configured")
     assert choose_decoding("auto", cpu) == ("plain", "captured steps need a CUDA GPU")
@@ -112,7 +113,7 @@ def test_a_way_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkey
         choose_decoding("captured", cpu)
     capability[0] = (7, 5)
     assert choose_decoding("auto", gpu)[0] == "plain"
-    monkeypatch.setattr("model.decoder.missing_for_triton", lambda: ["triton"])
+    monkeypatch.setattr("model.backends.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs triton and compute capability 8.0"):
         choose_decoding("triton", gpu)
 

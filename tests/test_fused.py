@@ -140,6 +140,16 @@ def test_pieces_equal_the_plain_on_a_gpu(name):
     compare(make_kernels(name), "cuda", [(2, 5, 32, 4, 2, 8), (2, 100, 1024, 16, 1, 64)])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_weights_gradient_is_not_rounded_on_a_gpu():
+    x, weight = torch.randn(64, 32, device="cuda"), torch.randn(48, 32, device="cuda")
+    d = torch.randn(64, 48, device="cuda").bfloat16()
+    weight.requires_grad_()
+    linear(x.bfloat16(), weight).backward(d)
+    wanted = d.double().mT @ x.bfloat16().double()
+    torch.testing.assert_close(weight.grad.double(), wanted, atol=1e-4, rtol=1e-5)
+
+
 def test_kernels_are_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):
     monkeypatch.setattr("model.backends.find_spec", lambda _: object())
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
