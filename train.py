@@ -344,7 +344,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
         fsdp_plugin=shard_policy(wanted) if sharded else None,
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",

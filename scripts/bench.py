@@ -1,12 +1,14 @@
 """How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
-loader, `learn` what its variants learn over steps and seconds, `sample` the stages of sampling;
-`readme` puts benchmarks/*.json into the README. Each is in a file of its name."""
+loader, `learn` what its variants learn over steps and seconds, `scale` steps on several processes,
+`sample` the stages of sampling; `readme` puts benchmarks/*.json into the README. Each is in a file
+of its name."""
 
 from scripts.bench_attend import add_attend_options
 from scripts.bench_data import add_data_options
 from scripts.bench_learn import add_learn_options
 from scripts.bench_readme import add_readme_options
 from scripts.bench_sample import add_sample_options
+from scripts.bench_scale import add_scale_options
 from scripts.bench_train import add_train_options
 from scripts.cli import make_parser, run_cli
 
@@ -20,6 +22,7 @@ EXAMPLES = """\
       configs/demo_fine.yaml --batch 1 4 --seconds 2
   accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 \\
       -m scripts.bench train --config configs/coarse_270m.yaml train.batch_size=32
+  python -m scripts.bench scale --config configs/coarse_270m.yaml --processes 1 2 --steps 200
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""
@@ -32,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_train_options(commands.add_parser("train", help="training steps of a recipe"))
     add_data_options(commands.add_parser("data", help="the loader of a recipe"))
     add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
+    add_scale_options(commands.add_parser("scale", help="a recipe's steps on 1, 2, ... processes"))
     add_sample_options(commands.add_parser("sample", help="steps of stages, all stages in a row"))
     add_readme_options(commands.add_parser("readme", help="benchmarks/*.json as README tables"))
     parsed = parser.parse_args(arguments)

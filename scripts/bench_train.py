@@ -1,6 +1,7 @@
 """The whole step of train.py, as a recipe configures it and the slow, obvious ways beside it."""
 
 import argparse
+import hashlib
 import os
 import tempfile
 import time
@@ -9,12 +10,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from configs.load import load_config
 from configs.schema import RunConfig
+from model.sharding import whole_tensors
 from scripts.bench_peers import installed_peers, time_peer
 from scripts.bench_tools import WARM_UP, cells, compared, report, with_tokens
-from scripts.run_log import peak_flops
+from scripts.run_log import Meter, peak_flops
 
 COLUMNS = {
     "milliseconds": ("ms/step", ",.1f"),
@@ -26,6 +29,7 @@ COLUMNS = {
     "first_seconds": ("start, s", ".0f"),
     "loss": ("loss", ".3f"),
 }
+LOSS_EVERY = 10
 
 
 def meet_elsewhere(index: int) -> None:
@@ -33,6 +37,16 @@ def meet_elsewhere(index: int) -> None:
     if "MASTER_PORT" in os.environ:
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1 + index)
+
+
+def alike(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether every process holds the same tensors, to the bit. Each must ask."""
+    digest = hashlib.sha256()
+    for tensor in whole_tensors(tensors).values():
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    found = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, digest.hexdigest())
+    return len(set(found)) == 1
 
 
 def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0) -> dict:
@@ -56,10 +70,11 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
         for _ in range(WARM_UP):
             norm = run.update([next(batches) for _ in range(num_micro)])
         norm.item()  # waits for all that the device still has to do
+        run.meter, losses = Meter(run.spec.layout.num_codebooks, process.device), []
         started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(num_steps):
+        for step in range(num_steps):
             asked = time.perf_counter()
             micro = [next(batches) for _ in range(num_micro)]
             waited += time.perf_counter() - asked
@@ -67,12 +82,15 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
                 places, padded = places + batch.num_places, padded + batch.positions.numel()
                 flops += batch.num_places * run.stage.transformer.flops_per_token(batch.context)
             norm = run.update(micro)
-        norm.item()
+            if (step + 1) % LOSS_EVERY == 0 or step + 1 == num_steps:  # which waits for the device
+                losses.append(run.meter.read(process, run.rates)["loss"])
+                run.meter = Meter(run.spec.layout.num_codebooks, process.device)
         elapsed = time.perf_counter() - started
-        loss = run.meter.read(process, run.rates)["loss"]
         sums = torch.tensor([places, padded, flops], dtype=torch.float32, device=process.device)
         places, padded, flops = process.reduce(sums, "sum").tolist()
-        num_processes = process.num_processes
+        num_processes, same = process.num_processes, None
+        if num_processes > 1:
+            same = alike(dict(run.stage.named_parameters()))
         run.release()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
@@ -87,8 +105,10 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
         "data_wait": waited / elapsed,
         "filled": places / padded,
         "first_seconds": started - began,
-        "loss": loss,
+        "loss": losses[-1],
+        "losses": losses,  # means of every so many steps
         "num_processes": num_processes,
+        "alike": same,  # the weights of all processes
         "attention": str(run.attention),
         "kernels": run.kernels,
         "packed": run.packed,

@@ -13,7 +13,14 @@ from tokens import write_tokens
 
 from configs.load import load_config
 from configs.schema import RunConfig
-from scripts import bench, bench_attend, bench_learn, bench_peers, bench_readme, bench_train
+from scripts import (
+    bench,
+    bench_attend,
+    bench_learn,
+    bench_peers,
+    bench_readme,
+    bench_train,
+)
 from scripts.bench_tools import median_ms
 
 SMALL = (
@@ -163,6 +170,49 @@ def test_processes_share_the_clips_that_are_trained_one_by_one(monkeypatch):
     monkeypatch.setattr(bench_train, "installed_peers", lambda: ["x"])
     with pytest.raises(ValueError, match="leave out accelerate launch"):
         bench.main(["train", "--config", RECIPE, "--peers"])
+
+
+def test_scale_runs_the_same_batch_in_every_number_of_processes(tokens, tmp_path, monkeypatch):
+    """Two real processes: the losses of one, ranks alike, speeds beside the first row's."""
+    out = tmp_path / "scale.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["scale", "--config", RECIPE, *SMALL, f"data.tokens={tokens}", "--steps", "12"]
+    bench.main([*command, "--strategies", "ddp", "--out", str(out)])
+    one, two = json.loads(out.read_text())["rows"]
+    assert (one["name"], two["name"]) == ("1 process", "2 processes, ddp")
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert (one["alike"], two["alike"]) == (None, True)
+    assert len(one["losses"]) == 2  # after steps 10 and 12
+    assert 0 <= two["apart"] < 1e-4
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    ratio = two["tokens_per_second"] / one["tokens_per_second"]
+    assert two["of_linear"] == pytest.approx(ratio / 2)
+
+
+def test_scale_says_what_cannot_be_and_why_a_row_failed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fsdp2: Accelerate shards on GPUs alone"):
+        bench.main(["scale", "--config", RECIPE, "--strategies", "fsdp2"])
+    numbers = ["--processes", "3", "4", "--strategies", "ddp"]
+    with pytest.raises(ValueError, match="--processes 3: does not divide"):
+        bench.main(["scale", "--config", RECIPE, "train.batch_size=1", *numbers])
+    lost = ["data.tokens=nowhere", "--processes", "1", "--strategies", "ddp"]
+    bench.main(["scale", "--config", RECIPE, *SMALL, *lost])
+    assert re.search(r"1 process error: .*nowhere", capsys.readouterr().out)
+
+
+def test_processes_that_differ_are_told(monkeypatch):
+    others = []
+    monkeypatch.setattr(bench_train.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        bench_train.distributed,
+        "all_gather_object",
+        lambda found, mine: found.__setitem__(slice(None), [mine, others[-1] if others else mine]),
+    )
+    weights = {"a": torch.ones(3), "b": torch.arange(4.0).view(2, 2).mT}
+    assert bench_train.alike(weights)
+    others.append("another digest")
+    assert not bench_train.alike(weights)
 
 
 def test_a_loss_is_reached_between_validations():
