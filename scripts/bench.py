@@ -22,7 +22,7 @@ EXAMPLES = """\
       configs/demo_fine.yaml --batch 1 4 --seconds 2
   accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 2 \\
       -m scripts.bench train --config configs/coarse_270m.yaml train.batch_size=32
-  python -m scripts.bench scale --config configs/coarse_270m.yaml --processes 1 2 --steps 200
+  python -m scripts.bench scale --config configs/coarse_270m.yaml --processes 2 --steps 200
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
       --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""
@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     add_train_options(commands.add_parser("train", help="training steps of a recipe"))
     add_data_options(commands.add_parser("data", help="the loader of a recipe"))
     add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
-    add_scale_options(commands.add_parser("scale", help="a recipe's steps on 1, 2, ... processes"))
+    add_scale_options(
+        commands.add_parser("scale", help="a recipe's steps on one and several processes")
+    )
     add_sample_options(commands.add_parser("sample", help="steps of stages, all stages in a row"))
     add_readme_options(commands.add_parser("readme", help="benchmarks/*.json as README tables"))
     parsed = parser.parse_args(arguments)

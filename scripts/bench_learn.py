@@ -23,14 +23,20 @@ PICTURES = (".png", ".svg")
 Curve = list[tuple[int, float, float]]  # (step, seconds of training, validation loss)
 
 
-def read_curve(log: Path) -> Curve:
-    """The validations of a run, at the seconds that its steps took until then."""
+def read_run(log: Path) -> dict:
+    """The validations of a run, at the seconds that its steps took until then; the best one; what
+    its log said of speed and memory."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
     steps = [0, *(line["step"] for line in trained)]
     seconds = [0.0, *accumulate(line["seconds"] for line in trained)]
     valid = [(line["step"], line["loss"]) for line in lines if line["kind"] == "valid"]
-    return [(step, float(np.interp(step, steps, seconds)), loss) for step, loss in valid]
+    return {
+        "best": min(loss for _, loss in valid),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
+        "peak_gib": trained[-1]["peak_memory_gib"],
+        "curve": [(step, float(np.interp(step, steps, seconds)), loss) for step, loss in valid],
+    }
 
 
 def reached(curve: Curve, target: float) -> tuple[float, float] | None:
@@ -49,7 +55,7 @@ def reached(curve: Curve, target: float) -> tuple[float, float] | None:
     return None
 
 
-def train_one(recipe: str, overrides: list[str], out: Path) -> Curve:
+def train_one(recipe: str, overrides: list[str], out: Path) -> dict:
     """Train in a process of its own. ValueError: it failed, with its last line."""
     words = [*overrides, f"out={out}", "train.sample_every=0", "wandb.mode=disabled"]
     command = [sys.executable, str(ROOT / "train.py"), "--config", recipe, *words]
@@ -57,7 +63,7 @@ def train_one(recipe: str, overrides: list[str], out: Path) -> Curve:
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise ValueError(f"{' '.join(command[1:])} failed: {''.join(said)}")
-    return read_curve(out / "log.jsonl")
+    return read_run(out / "log.jsonl")
 
 
 def spread(values: Sequence[float], digits: str) -> str:
@@ -74,7 +80,7 @@ def by_name(rows: list[dict]) -> dict[str, list[dict]]:
 
 def summarise(rows: list[dict], target: float) -> list[list[str]]:
     """A line per variant; adds to each row when it reached `target`."""
-    table = [["", "best loss", "ms/step", f"steps to {target:.3f}", "seconds"]]
+    table = [["", "best loss", "ms/step", "tokens/s", "GiB", f"steps to {target:.3f}", "seconds"]]
     for row in rows:
         row["reached"] = reached(row["curve"], target)
     for name, own in by_name(rows).items():
@@ -86,7 +92,10 @@ def summarise(rows: list[dict], target: float) -> list[list[str]]:
             when = [f"{cell} ({len(found)} of {len(own)})" for cell in when]
         speeds = [1e3 * row["curve"][-1][1] / row["curve"][-1][0] for row in own]
         best = spread([row["best"] for row in own], ".3f")
-        table.append([name, best, spread(speeds, ".1f"), *when])
+        tokens = f"{statistics.fmean(row['tokens_per_second'] for row in own):,.0f}"
+        memory = own[0]["peak_gib"]
+        memory = "-" if memory is None else f"{memory:.1f}"
+        table.append([name, best, spread(speeds, ".1f"), tokens, memory, *when])
     return table
 
 
@@ -126,16 +135,14 @@ def bench_learn(parsed: argparse.Namespace) -> None:
                 overrides = [*parsed.overrides, *words, f"train.seed={seed}"]
                 try:
                     out = Path(scratch, str(len(rows) + len(failures)))
-                    curve = train_one(parsed.config, overrides, out)
+                    run = train_one(parsed.config, overrides, out)
                 except ValueError as error:  # the others' figures are not lost
                     failures.append(str(error))
                     print(f"{name}, seed {seed}: {error}", flush=True)
                     continue
-                best = min(loss for *_, loss in curve)
-                rows.append(
-                    {"name": name, "overrides": words, "seed": seed, "best": best, "curve": curve}
-                )
-                print(f"{name}, seed {seed}: {best:.4f}, {curve[-1][1]:.1f} s", flush=True)
+                rows.append({"name": name, "overrides": words, "seed": seed, **run})
+                seconds = run["curve"][-1][1]
+                print(f"{name}, seed {seed}: {run['best']:.4f}, {seconds:.1f} s", flush=True)
     if not rows:
         raise ValueError(failures[0])
     target = parsed.target if parsed.target is not None else max(row["best"] for row in rows)

@@ -1,7 +1,8 @@
 """One recipe on one process and on several, by each way of sharing: speed, losses, equal ranks.
 
-The global batch is the same in every row: what one process trains on in micro-batches, several
-divide. So the losses are to agree, and a step of n processes is to take the n-th part of the time.
+Every process has the recipe's batch. Speed is that of one process with its batch alone, times their
+number; losses are those of one process with the batches of all, as micro-batches. How far rounding
+alone drives losses apart says one more row, of the same clips in micro-batches half as large.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from scripts.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
 STRATEGIES = ("ddp", "fsdp2")
+ALONE, ALL = "1 process", "1 process, clips of all"
 COLUMNS = {
     "milliseconds": ("ms/step", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -57,56 +59,61 @@ def launch(strategy: str | None, num_processes: int, words: list[str]) -> dict:
     return json.loads(out.read_text())
 
 
-def compare(rows: list[dict]) -> None:
-    """Each row beside the first: its speed by the number of processes, its losses."""
-    first = rows[0]
-    for row in rows:
-        if "failed" in row or "failed" in first:
-            continue
-        ratio = row["tokens_per_second"] / first["tokens_per_second"]
-        row["of_linear"] = ratio * first["num_processes"] / row["num_processes"]
-        pairs = zip(row["losses"], first["losses"], strict=True)
-        row["apart"] = max(abs(a - b) for a, b in pairs)
+def plan(batch_size: int, num_micro: int, most: int, strategies: list[str]) -> dict[str, tuple]:
+    """Name of a row -> (strategy, processes, clips a step, micro-batches of a process); ALONE and
+    ALL are what the others are compared with."""
+    clips = batch_size * most
+    rows = {
+        ALONE: (None, 1, batch_size, num_micro),
+        ALL: (None, 1, clips, num_micro * most),
+        f"{ALL}, halved": (None, 1, clips, 2 * num_micro * most),
+    }
+    for num in (n for n in range(2, most + 1) if most % n == 0):
+        for strategy in strategies:
+            rows[f"{num} processes, {strategy}"] = (strategy, num, clips, num_micro * most // num)
+    return rows
+
+
+def compare(rows: dict[str, dict]) -> None:
+    """Adds how near each row's speed is to that of so many processes, and how far its losses are
+    from those of the same clips in one."""
+    done = {name: row for name, row in rows.items() if "failed" not in row}
+    for name, row in done.items():
+        if ALONE in done:
+            ratio = row["tokens_per_second"] / done[ALONE]["tokens_per_second"]
+            row["of_linear"] = ratio / row["num_processes"]
+        if ALL in done and name != ALONE:
+            pairs = zip(row["losses"], done[ALL]["losses"], strict=True)
+            row["apart"] = max(abs(a - b) for a, b in pairs)
 
 
 def bench_scale(parsed: argparse.Namespace) -> None:
     """Every row in processes of its own, one after the other, on the same tokens."""
-    if parsed.steps < 1 or min(parsed.processes) < 1:
+    if parsed.steps < 1 or parsed.processes < 1:
         raise ValueError("--steps and --processes: at least 1")
     if "fsdp2" in parsed.strategies and not torch.cuda.is_available():
-        raise ValueError(
-            "--strategies fsdp2: Accelerate shards on GPUs alone; say --strategies ddp"
-        )
+        raise ValueError("--strategies fsdp2: Accelerate shards on GPUs alone; say ddp")
     config = load_config(RunConfig, parsed.config, [*parsed.overrides, "data.tokens=.", "out=."])
-    most = max(parsed.processes)
-    chosen: dict[str, tuple] = {}
-    for num in sorted(set(parsed.processes)):
-        if config.train.batch_size * most % num:
-            raise ValueError(f"--processes {num}: does not divide the batch of {most} times "
-                             f"{config.train.batch_size} clips")  # fmt: skip
-        for strategy in parsed.strategies if num > 1 else [None]:
-            named = f"{num} processes, {strategy}" if strategy else "1 process"
-            chosen[named] = (strategy, num)
-    rows = []
+    sizes = config.train.batch_size, config.train.num_micro_batches
+    rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         overrides = with_tokens(parsed.config, parsed.overrides, scratch)
-        for name, (strategy, num) in chosen.items():
+        for name, (strategy, num, clips, micro) in plan(
+            *sizes, parsed.processes, parsed.strategies
+        ).items():
             out = Path(scratch, f"{len(rows)}")
-            sizes = [
-                f"train.batch_size={config.train.batch_size * most}",
-                f"train.num_micro_batches={most // num * config.train.num_micro_batches}",
-            ]
-            words = ["--config", parsed.config, *overrides, *sizes, f"out={out}"]
+            own = [f"train.batch_size={clips}", f"train.num_micro_batches={micro}", f"out={out}"]
+            words = ["--config", parsed.config, *overrides, *own]
             words += ["--steps", str(parsed.steps), "--out", f"{out}.json"]
-            row = {"name": name, **launch(strategy, num, words)}
+            row = rows[name] = {"name": name, **launch(strategy, num, words)}
             print(name, row.get("failed") or f"{row['milliseconds']:.1f} ms", flush=True)
-            rows.append(row)
     compare(rows)
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
-    for row in rows:
+    for name, row in rows.items():
         shown = row | {"alike": {True: "yes", False: "NO"}.get(row.get("alike"))}
-        table.append([row["name"], *cells(shown, COLUMNS)])
-    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
+        table.append([name, *cells(shown, COLUMNS)])
+    facts = {"config": parsed.config, "overrides": parsed.overrides}
+    report(list(rows.values()), table, parsed, **facts)
 
 
 def time_one() -> None:
@@ -123,7 +130,9 @@ def add_scale_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=bench_scale, device=None)
     parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="at most, and what divides it (2)"
+    )
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row (20)")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")

@@ -19,6 +19,7 @@ from scripts import (
     bench_learn,
     bench_peers,
     bench_readme,
+    bench_scale,
     bench_train,
 )
 from scripts.bench_tools import median_ms
@@ -172,30 +173,39 @@ def test_processes_share_the_clips_that_are_trained_one_by_one(monkeypatch):
         bench.main(["train", "--config", RECIPE, "--peers"])
 
 
-def test_scale_runs_the_same_batch_in_every_number_of_processes(tokens, tmp_path, monkeypatch):
-    """Two real processes: the losses of one, ranks alike, speeds beside the first row's."""
+def test_scale_runs_the_same_clips_in_one_process_and_in_two(tokens, tmp_path, monkeypatch):
+    """Two real processes: the losses of one, equal ranks, speeds beside one's own."""
     out = tmp_path / "scale.json"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["scale", "--config", RECIPE, *SMALL, f"data.tokens={tokens}", "--steps", "12"]
     bench.main([*command, "--strategies", "ddp", "--out", str(out)])
-    one, two = json.loads(out.read_text())["rows"]
-    assert (one["name"], two["name"]) == ("1 process", "2 processes, ddp")
-    assert (one["num_processes"], two["num_processes"]) == (1, 2)
-    assert (one["alike"], two["alike"]) == (None, True)
-    assert len(one["losses"]) == 2  # after steps 10 and 12
-    assert 0 <= two["apart"] < 1e-4
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
-    ratio = two["tokens_per_second"] / one["tokens_per_second"]
+    alone, whole, halved, two = json.loads(out.read_text())["rows"]
+    assert [row["num_processes"] for row in (alone, whole, halved, two)] == [1, 1, 1, 2]
+    assert (whole["alike"], two["alike"]) == (None, True)
+    assert len(whole["losses"]) == 2  # after steps 10 and 12
+    assert alone["losses"] != whole["losses"]
+    assert "apart" not in alone
+    for row in (halved, two):
+        assert 0 <= row["apart"] < 1e-4
+        assert row["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+    ratio = two["tokens_per_second"] / alone["tokens_per_second"]
     assert two["of_linear"] == pytest.approx(ratio / 2)
 
 
-def test_scale_says_what_cannot_be_and_why_a_row_failed(monkeypatch, tmp_path, capsys):
+def test_scale_plans_every_number_that_divides_the_clips():
+    rows = bench_scale.plan(16, 1, 4, ["ddp", "fsdp2"])
+    assert rows["4 processes, ddp"] == ("ddp", 4, 64, 1)
+    assert rows["2 processes, fsdp2"] == ("fsdp2", 2, 64, 2)
+    assert [clips // (num * micro) for _, num, clips, micro in rows.values()] == [
+        *(16, 16, 8),
+        *(16,) * 4,
+    ]
+
+
+def test_scale_says_what_cannot_be_and_why_a_row_failed(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="fsdp2: Accelerate shards on GPUs alone"):
         bench.main(["scale", "--config", RECIPE, "--strategies", "fsdp2"])
-    numbers = ["--processes", "3", "4", "--strategies", "ddp"]
-    with pytest.raises(ValueError, match="--processes 3: does not divide"):
-        bench.main(["scale", "--config", RECIPE, "train.batch_size=1", *numbers])
     lost = ["data.tokens=nowhere", "--processes", "1", "--strategies", "ddp"]
     bench.main(["scale", "--config", RECIPE, *SMALL, *lost])
     assert re.search(r"1 process nowhere: no header.json", capsys.readouterr().out)
