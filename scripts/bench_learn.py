@@ -143,11 +143,16 @@ def bench_learn(parsed: argparse.Namespace) -> None:
                 rows.append({"name": name, "overrides": words, "seed": seed, **run})
                 seconds = run["curve"][-1][1]
                 print(f"{name}, seed {seed}: {run['best']:.4f}, {seconds:.1f} s", flush=True)
+                show(rows, parsed, more=True)
     if not rows:
         raise ValueError(failures[0])
+    show(rows, parsed, more=False)
+
+
+def show(rows: list[dict], parsed: argparse.Namespace, more: bool) -> None:
     target = parsed.target if parsed.target is not None else max(row["best"] for row in rows)
-    table = summarise(rows, target)
-    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides, target=target)
+    facts = {"config": parsed.config, "overrides": parsed.overrides, "target": target}
+    report(rows, summarise(rows, target), parsed, more, **facts)
     if parsed.plot:
         draw(rows, target, Path(parsed.plot))
 

@@ -98,22 +98,25 @@ def bench_scale(parsed: argparse.Namespace) -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         overrides = with_tokens(parsed.config, parsed.overrides, scratch)
-        for name, (strategy, num, clips, micro) in plan(
-            *sizes, parsed.processes, parsed.strategies
-        ).items():
+        planned = plan(*sizes, parsed.processes, parsed.strategies)
+        for name, (strategy, num, clips, micro) in planned.items():
             out = Path(scratch, f"{len(rows)}")
             own = [f"train.batch_size={clips}", f"train.num_micro_batches={micro}", f"out={out}"]
             words = ["--config", parsed.config, *overrides, *own]
             words += ["--steps", str(parsed.steps), "--out", f"{out}.json"]
             row = rows[name] = {"name": name, **launch(strategy, num, words)}
             print(name, row.get("failed") or f"{row['milliseconds']:.1f} ms", flush=True)
+            show(rows, parsed, more=len(rows) < len(planned))
+
+
+def show(rows: dict[str, dict], parsed: argparse.Namespace, more: bool) -> None:
     compare(rows)
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for name, row in rows.items():
         shown = row | {"alike": {True: "yes", False: "NO"}.get(row.get("alike"))}
         table.append([name, *cells(shown, COLUMNS)])
     facts = {"config": parsed.config, "overrides": parsed.overrides}
-    report(list(rows.values()), table, parsed, **facts)
+    report(list(rows.values()), table, parsed, more, **facts)
 
 
 def time_one() -> None:

@@ -98,15 +98,27 @@ def cells(row: dict, columns: dict[str, tuple[str, str]]) -> list[str]:
     return ["-" if value is None else format(value, form) for value, form in values]
 
 
-def report(rows: list[dict], table: list[list[str]], parsed: argparse.Namespace, **facts) -> None:
-    """Print the table, and write the rows with everything it takes to measure them again."""
+def report(
+    rows: list[dict],
+    table: list[list[str]],
+    parsed: argparse.Namespace,
+    more: bool = False,
+    **facts,
+) -> None:
+    """Write the rows with everything it takes to measure them again, and print the table.
+
+    more: rows are to come, and the table waits for them; what is lost before then loses no row.
+    """
     device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = environment(device)
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    print(f"\n{where['device']}, {versions}, commit {where['commit']}")
-    print(*align(table), sep="\n")
     if parsed.out:
         words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
         command = f"python -m scripts.{shlex.join(words)}"
         write_json(parsed.out, {"command": command, **where, **facts, "table": table, "rows": rows})
+    if more:
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    print(f"\n{where['device']}, {versions}, commit {where['commit']}")
+    print(*align(table), sep="\n")
+    if parsed.out:
         print(f"written to {parsed.out}")

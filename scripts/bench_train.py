@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -19,6 +20,7 @@ from scripts.bench_peers import installed_peers, time_peer
 from scripts.bench_tools import WARM_UP, cells, compared, report, with_tokens
 from scripts.run_log import Meter, peak_flops
 
+LOSS_EVERY = 10  # steps
 COLUMNS = {
     "milliseconds": ("ms/step", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -29,7 +31,6 @@ COLUMNS = {
     "first_seconds": ("start, s", ".0f"),
     "loss": ("loss", ".3f"),
 }
-LOSS_EVERY = 10
 
 
 def meet_elsewhere(index: int) -> None:
@@ -49,6 +50,51 @@ def alike(tensors: dict[str, torch.Tensor]) -> bool:
     return len(set(found)) == 1
 
 
+def run_steps(run: Any, num_steps: int) -> dict:
+    """Figures of `num_steps` steps of a `train.Training`, after some that are not timed."""
+    process, num_micro = run.process, run.config.train.num_micro_batches
+    batches, cuda, began = (
+        iter(run.loaders()[0]),
+        process.device.type == "cuda",
+        time.perf_counter(),
+    )
+    for _ in range(WARM_UP):
+        norm = run.update([next(batches) for _ in range(num_micro)])
+    norm.item()  # waits for all that the device still has to do
+    run.meter, losses = Meter(run.spec.layout.num_codebooks, process.device), []
+    started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(num_steps):
+        asked = time.perf_counter()
+        micro = [next(batches) for _ in range(num_micro)]
+        waited += time.perf_counter() - asked
+        for batch in micro:
+            places, padded = places + batch.num_places, padded + batch.positions.numel()
+            flops += batch.num_places * run.stage.transformer.flops_per_token(batch.context)
+        run.update(micro)
+        if (step + 1) % LOSS_EVERY == 0 or step + 1 == num_steps:  # which waits for the device
+            losses.append(run.meter.read(process, run.rates)["loss"])
+            run.meter = Meter(run.spec.layout.num_codebooks, process.device)
+    elapsed, peak = time.perf_counter() - started, peak_flops(process.device)
+    sums = torch.tensor([places, padded, flops], dtype=torch.float32, device=process.device)
+    places, padded, flops = process.reduce(sums, "sum").tolist()
+    several = process.num_processes > 1
+    return {
+        "milliseconds": 1e3 * elapsed / num_steps,
+        "tokens_per_second": places / elapsed,
+        "mfu": None if peak is None else flops / elapsed / (peak * process.num_processes),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "data_wait": waited / elapsed,
+        "filled": places / padded,
+        "first_seconds": started - began,
+        "loss": losses[-1],
+        "losses": losses,  # means of every so many steps
+        "num_processes": process.num_processes,
+        "alike": alike(dict(run.stage.named_parameters())) if several else None,
+    }
+
+
 def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0) -> dict:
     """Figures of `num_steps` steps, warm; in a process of its own, or one for each GPU, of the
     index-th variant. {"failed"}: why there are none.
@@ -64,55 +110,14 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
     process = make_accelerator(config)
     try:
         run = Training(config, process, resume=False)
-        batches = iter(run.loaders()[0])
-        num_micro, cuda = config.train.num_micro_batches, process.device.type == "cuda"
-        began = time.perf_counter()
-        for _ in range(WARM_UP):
-            norm = run.update([next(batches) for _ in range(num_micro)])
-        norm.item()  # waits for all that the device still has to do
-        run.meter, losses = Meter(run.spec.layout.num_codebooks, process.device), []
-        started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(num_steps):
-            asked = time.perf_counter()
-            micro = [next(batches) for _ in range(num_micro)]
-            waited += time.perf_counter() - asked
-            for batch in micro:
-                places, padded = places + batch.num_places, padded + batch.positions.numel()
-                flops += batch.num_places * run.stage.transformer.flops_per_token(batch.context)
-            norm = run.update(micro)
-            if (step + 1) % LOSS_EVERY == 0 or step + 1 == num_steps:  # which waits for the device
-                losses.append(run.meter.read(process, run.rates)["loss"])
-                run.meter = Meter(run.spec.layout.num_codebooks, process.device)
-        elapsed = time.perf_counter() - started
-        sums = torch.tensor([places, padded, flops], dtype=torch.float32, device=process.device)
-        places, padded, flops = process.reduce(sums, "sum").tolist()
-        num_processes, same = process.num_processes, None
-        if num_processes > 1:
-            same = alike(dict(run.stage.named_parameters()))
+        figures = run_steps(run, num_steps)
         run.release()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except ValueError as error:  # what cannot be here, the others can
         return {"failed": str(error)}
-    peak = peak_flops(process.device)
-    return {
-        "milliseconds": 1e3 * elapsed / num_steps,
-        "tokens_per_second": places / elapsed,
-        "mfu": None if peak is None else flops / elapsed / (peak * num_processes),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "data_wait": waited / elapsed,
-        "filled": places / padded,
-        "first_seconds": started - began,
-        "loss": losses[-1],
-        "losses": losses,  # means of every so many steps
-        "num_processes": num_processes,
-        "alike": same,  # the weights of all processes
-        "attention": str(run.attention),
-        "kernels": run.kernels,
-        "packed": run.packed,
-    }
+    how = {"attention": str(run.attention), "kernels": run.kernels, "packed": run.packed}
+    return figures | how
 
 
 def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
@@ -157,13 +162,16 @@ def bench_train(parsed: argparse.Namespace) -> None:
                 row |= done.result()
             if main:
                 print(name, row.get("failed") or f"{row['milliseconds']:.1f} ms", flush=True)
-    if not main:
-        return
+                show(rows[: index + 1], parsed, more=index + 1 < len(rows))
+
+
+def show(rows: list[dict], parsed: argparse.Namespace, more: bool) -> None:
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         batch = f", batch {row['batch_size']}" if "batch_size" in row else ""
         table.append([row["name"] + batch, *cells(row, COLUMNS)])
-    report(rows, table, parsed, config=parsed.config, overrides=parsed.overrides)
+    facts = {"config": parsed.config, "overrides": parsed.overrides}
+    report(rows, table, parsed, more, **facts)
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:

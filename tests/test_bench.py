@@ -101,6 +101,23 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
     assert re.search(r"two halves +\d", capsys.readouterr().out)
 
 
+def test_what_is_timed_before_a_crash_is_kept(tmp_path, monkeypatch):
+    def broken(name, *_):
+        raise OSError("the machine is gone")
+
+    out = tmp_path / "train.json"
+    monkeypatch.setattr(bench_train, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(bench_train, "variants", lambda *_: {"as configured": []})
+    monkeypatch.setattr(bench_train, "installed_peers", lambda: ["a peer"])
+    monkeypatch.setattr(bench_train, "time_peer", broken)
+    command = ["train", "--config", RECIPE, *SMALL, "--steps", "2", "--peers", "--out", str(out)]
+    with pytest.raises(OSError, match="gone"):
+        bench.main(command)
+    found = json.loads(out.read_text())
+    assert [row["name"] for row in found["rows"]] == ["as configured"]
+    assert found["table"][1][0] == "as configured"
+
+
 def test_peers_take_the_largest_batch_that_fits(monkeypatch, capsys):
     tried = []
 
