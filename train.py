@@ -107,6 +107,7 @@ class Training:
             "codebook_size": codec["codebook_size"],
             "num_coarse": config.num_coarse,
             "semantic_rate": float(semantic_rate(codec, semantic)),
+            "pattern": config.pattern,
         }
         self.spec = stage_spec(**self.spec_state)
         collapse = config.data.collapse_semantic

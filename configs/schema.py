@@ -111,6 +111,9 @@ class RunConfig:
     stage: Literal["semantic", "coarse", "fine", "acoustic"] = MISSING
     out: str = MISSING  # the run folder
     num_coarse: int = 3  # codebooks of the coarse stage; the fine stage takes the rest
+    # how codes of several codebooks follow one another: one a step, or those of a frame in one,
+    # each codebook a step later than the one before; auto: delay for acoustic, flatten for others
+    pattern: Literal["auto", "flatten", "delay"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)

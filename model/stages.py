@@ -1,10 +1,10 @@
 """The stages of AudioLM: one wrapper around one transformer, told apart by layout alone.
 
 stage      reads                  writes                          pattern
-semantic   nothing                semantic tokens                 flatten
-coarse     semantic tokens        the first num_coarse codebooks  flatten
-fine       the coarse codebooks   the other codebooks             flatten
-acoustic   semantic tokens        all codebooks                   delay
+semantic   nothing                semantic tokens                 one codebook: they are the same
+coarse     semantic tokens        the first num_coarse codebooks  flatten, or delay
+fine       the coarse codebooks   the other codebooks             flatten, or delay
+acoustic   semantic tokens        all codebooks                   delay, or flatten
 """
 
 from dataclasses import dataclass
@@ -80,8 +80,10 @@ def stage_spec(
     codebook_size: int,
     num_coarse: int,
     semantic_rate: float = 1.0,
+    pattern: str = "auto",
 ) -> StageSpec:
-    """The spec of stage `name`; `semantic_rate` is semantic tokens per codec frame.
+    """The spec of stage `name`; `semantic_rate` is semantic tokens per codec frame; pattern "auto"
+    is the first that the table above has for the stage.
 
     ValueError: unknown name, or num_coarse leaves a stage empty.
     """
@@ -94,12 +96,14 @@ def stage_spec(
         )
     coarse = (codebook_size,) * num_coarse
     fine = (codebook_size,) * (num_codebooks - num_coarse)
+    if pattern == "auto":
+        pattern = "delay" if name == "acoustic" else "flatten"
     layout, codebooks = {
         "semantic": (Layout((), (num_semantic,)), (0, 0)),
-        "coarse": (Layout((num_semantic,), coarse, "flatten", semantic_rate), (0, num_coarse)),
-        "fine": (Layout(coarse, fine), (num_coarse, num_codebooks)),
+        "coarse": (Layout((num_semantic,), coarse, pattern, semantic_rate), (0, num_coarse)),
+        "fine": (Layout(coarse, fine, pattern), (num_coarse, num_codebooks)),
         "acoustic": (
-            Layout((num_semantic,), coarse + fine, "delay", semantic_rate),
+            Layout((num_semantic,), coarse + fine, pattern, semantic_rate),
             (0, num_codebooks),
         ),
     }[name]

@@ -27,7 +27,7 @@ def time_loader(config: RunConfig, num_workers: int, packed: bool, num_batches: 
     codec, semantic = folder.codec, folder.semantic
     sizes = (semantic["num_tokens"], codec["num_codebooks"], codec["codebook_size"])
     rate = float(semantic_rate(codec, semantic))
-    spec = stage_spec(config.stage, *sizes, config.num_coarse, rate)
+    spec = stage_spec(config.stage, *sizes, config.num_coarse, rate, config.pattern)
     batches = TrainBatches(
         folder,
         seed=config.train.seed,

@@ -45,7 +45,7 @@ def random_stage(recipe: str, overrides: list[str], device: torch.device) -> tup
     """A recipe's stage with random weights, and the seconds it would be trained on at a time."""
     config = load_config(RunConfig, recipe, [*overrides, "out=.", "data.tokens=."])
     sizes = (SEMANTIC["num_tokens"], CODEC["num_codebooks"], CODEC["codebook_size"])
-    spec = stage_spec(config.stage, *sizes, config.num_coarse)
+    spec = stage_spec(config.stage, *sizes, config.num_coarse, pattern=config.pattern)
     dtype = sampling_dtype("auto", device)
     attention = resolve(device, dtype, config.model.head_dim, config.attention.backend)
     torch.manual_seed(0)

@@ -10,15 +10,16 @@ from model.sampling import extend, generate
 from model.stages import STAGES, Stage, stage_spec
 
 GREEDY = Sampling(temperature=0)
+KINDS = (*STAGES, "coarse delay", "fine delay", "acoustic flatten")
 
 
 def build(name, backend="einsum", semantic_rate=1.0):
     """A random stage, its weights large enough that its choices differ from place to place."""
     torch.manual_seed(1)
     config = ModelConfig(dim=32, num_layers=2, num_heads=4, head_dim=8)
-    stage = Stage(
-        stage_spec(name, 20, 8, 16, 3, semantic_rate), config, AttentionChoice((backend,), "test")
-    )
+    name, _, pattern = name.partition(" ")
+    spec = stage_spec(name, 20, 8, 16, 3, semantic_rate, pattern or "auto")
+    stage = Stage(spec, config, AttentionChoice((backend,), "test"))
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter.mul_(8)
@@ -39,7 +40,7 @@ def ragged(stage):
 
 @pytest.mark.parametrize("backend", ["einsum", "flash", "math"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_k=8)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_cached_equals_uncached_token_for_token(name, sampling, backend):
     stage = build(name, backend)
@@ -77,7 +78,7 @@ def test_matrices_of_half_precision_are_sampled_from():
 
 
 @pytest.mark.parametrize("semantic_rate", [0.5, 2 / 3, 1.0, 1.6])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_what_is_sampled_is_what_training_would_predict(name, semantic_rate):
     """Greedy clips, laid out as for training: at every place after the prompt, the most likely
@@ -105,7 +106,7 @@ def test_what_is_sampled_is_what_training_would_predict(name, semantic_rate):
     assert num_compared >= 10
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_a_clip_does_not_depend_on_its_batch(name):
     stage = build(name)
@@ -118,7 +119,7 @@ def test_a_clip_does_not_depend_on_its_batch(name):
         assert torch.equal(alone[0], together[n])
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_eos_ends_a_clip_in_every_stage(name):
     """All classes equally likely, EOS among them: most of 64 clips end before 30 frames, at
