@@ -31,8 +31,10 @@ def choose_decoding(wanted: str, device: torch.device) -> tuple[str, str]:
     if wanted == "plain":
         return wanted, "as configured"
     missing = missing_for_triton(device.type, capability_of(device))
-    if wanted == "auto":  # until a GPU has run the others
-        return "plain", f"captured steps need {' and '.join(missing)}" if missing else "by default"
+    if wanted == "auto":
+        if missing:
+            return "plain", f"captured steps need {' and '.join(missing)}"
+        return "captured", "a step is launched as one graph"
     if missing:
         raise ValueError(f"decoding={wanted} needs {' and '.join(missing)}; take plain")
     return wanted, "as configured"

@@ -67,7 +67,7 @@ def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
         choices=("auto", "plain", "triton", "captured"),
         default="auto",
         help="how a step is computed: by the modules, by Triton kernels, by those as a CUDA graph "
-        "(auto: plain)",
+        "(auto: captured on a GPU that can, else plain)",
     )
     parser.add_argument(
         "--precision",

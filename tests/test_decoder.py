@@ -105,7 +105,7 @@ def test_a_way_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
     monkeypatch.setattr("model.backends.find_spec", lambda _: object())
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
-    assert choose_decoding("auto", gpu) == ("plain", "by default")
+    assert choose_decoding("auto", gpu) == ("captured", "a step is launched as one graph")
     assert choose_decoding("captured", gpu) == ("captured", "as configured")
     assert choose_decoding("auto", cpu) == ("plain", "captured steps need a CUDA GPU")
     assert choose_decoding("plain", gpu) == ("plain", "as configured")
