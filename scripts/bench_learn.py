@@ -7,19 +7,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from configs.files import atomic_write
 from configs.load import load_config
 from configs.schema import RunConfig
-from scripts.bench_tools import compared, report
+from scripts.bench_tools import check_picture, compared, report, save_picture
 
 ROOT = Path(__file__).parent.parent
-PICTURES = (".png", ".svg")
 Curve = list[tuple[int, float, float]]  # (step, seconds of training, validation loss)
 
 
@@ -115,8 +112,7 @@ def draw(rows: list[dict], target: float, path: Path) -> None:
         axis.set_xlabel(unit)
     by_step.set_ylabel("validation loss, nats per token")
     by_step.legend()
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:])
+    save_picture(figure, path)
 
 
 def bench_learn(parsed: argparse.Namespace) -> None:
@@ -124,10 +120,8 @@ def bench_learn(parsed: argparse.Namespace) -> None:
     chosen = {"as configured": [], **compared(parsed.compare)}
     for words in chosen.values():  # a typo is an error before anything is trained
         load_config(RunConfig, parsed.config, [*parsed.overrides, "out=.", *words])
-    if parsed.plot and Path(parsed.plot).suffix not in PICTURES:
-        raise ValueError(f"--plot {parsed.plot}: name it .png or .svg")
-    if parsed.plot and not find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib: pip install matplotlib==3.10.9")
+    if parsed.plot:
+        check_picture(parsed.plot)
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as scratch:
         for name, words in chosen.items():

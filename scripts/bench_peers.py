@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -16,78 +15,141 @@ from configs.schema import RunConfig
 from scripts.bench_tools import CODEC, SEMANTIC, WARM_UP
 from scripts.run_log import peak_flops
 
-Loss = Callable[[], Tensor]
+Call = Callable[[], Tensor]
 
 
-def musicgen(config: RunConfig, frames: int, batch: int, device: torch.device) -> tuple:
-    """transformers' MusicGen decoder: as many places, at each of which it reads and predicts a code
-    of every codebook; multi-head attention, learned nothing of positions, GELU."""
-    from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+class MusicGen:
+    """transformers' MusicGen decoder: at each place it reads and predicts a code of every codebook;
+    multi-head attention, learned nothing of positions, GELU."""
 
-    c, K, size = config.model, config.num_coarse, CODEC["codebook_size"]
-    length = frames * (1 + K)
-    made = MusicgenDecoderConfig(
-        vocab_size=size,
-        hidden_size=c.dim,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        ffn_dim=4 * c.dim,
-        num_codebooks=K,
-        max_position_embeddings=length,
-        dropout=c.dropout,
-        pad_token_id=0,
-        bos_token_id=0,
-    )
-    made._attn_implementation = "sdpa"
-    model = MusicgenForCausalLM(made).to(device)
-    for layer in model.model.decoder.layers:  # there is nothing to attend to across
-        layer.encoder_attn = layer.encoder_attn_layer_norm = None
-    ids = torch.randint(size, (batch * K, length), device=device)
-    labels = torch.randint(size, (batch, length, K), device=device)
-    return model, lambda: model(input_ids=ids, labels=labels, use_cache=False).loss
+    package, name = "transformers", "transformers' MusicGen decoder"
+
+    def __init__(self, config: RunConfig, frames: int, device: torch.device):
+        from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
+
+        c, self.K, self.length = config.model, config.num_coarse, frames * (1 + config.num_coarse)
+        made = MusicgenDecoderConfig(
+            vocab_size=CODEC["codebook_size"],
+            hidden_size=c.dim,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            ffn_dim=4 * c.dim,
+            num_codebooks=self.K,
+            max_position_embeddings=self.length,
+            dropout=c.dropout,
+            pad_token_id=0,
+            bos_token_id=0,
+        )
+        made._attn_implementation = "sdpa"
+        self.model, self.device, self.codes_per_step = MusicgenForCausalLM(made), device, self.K
+        self.model.to(device)
+        for layer in self.model.model.decoder.layers:  # there is nothing to attend to across
+            layer.encoder_attn = layer.encoder_attn_layer_norm = None
+
+    def _codes(self, *shape: int) -> Tensor:
+        return torch.randint(CODEC["codebook_size"], shape, device=self.device)
+
+    def loss(self, batch: int) -> Call:
+        """As many places as ours has."""
+        ids = self._codes(batch * self.K, self.length)
+        labels = self._codes(batch, self.length, self.K)
+        return lambda: self.model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    def step(self, batch: int, num_before: int) -> Call:
+        """Codes of the next place after `num_before`, with a cache."""
+        ids = self._codes(batch * self.K, num_before)
+        made = self.model(input_ids=ids, use_cache=True)
+
+        def step() -> Tensor:
+            nonlocal made
+            drawn = drawn_from(made.logits[:, -1])[:, None]  # [B*K,1]
+            made = self.model(input_ids=drawn, past_key_values=made.past_key_values, use_cache=True)
+            return drawn
+
+        return step
 
 
-def audiolm(config: RunConfig, frames: int, batch: int, device: torch.device, flash: bool) -> tuple:
+class AudioLM:
     """audiolm-pytorch's coarse transformer: the same tokens in the same order."""
-    from audiolm_pytorch import CoarseTransformer
-    from audiolm_pytorch.t5 import T5_CONFIGS
 
-    c, K, size = config.model, config.num_coarse, CODEC["codebook_size"]
-    # its constructor asks the network for the width of a text encoder, with text or without
-    T5_CONFIGS["no text"] = {"config": SimpleNamespace(d_model=c.dim)}
-    model = CoarseTransformer(
-        codebook_size=size,
-        num_coarse_quantizers=K,
-        num_semantic_tokens=SEMANTIC["num_tokens"],
-        dim=c.dim,
-        depth=c.num_layers,
-        heads=c.num_heads,
-        attn_dropout=c.dropout,
-        ff_dropout=c.dropout,
-        t5_name="no text",
-        flash_attn=flash,
-        num_residual_streams=1,  # its default, 4, takes twice the memory and more
-    ).to(device)
-    semantic = torch.randint(SEMANTIC["num_tokens"], (batch, frames), device=device)
-    codes = torch.randint(size, (batch, frames * K), device=device)
+    package, name, flash = "audiolm_pytorch", "audiolm-pytorch, flash attention", True
 
-    def loss() -> Tensor:
-        _, logits = model(semantic_token_ids=semantic, coarse_token_ids=codes)
-        return F.cross_entropy(logits[:, : codes.shape[1]].flatten(0, 1).float(), codes.flatten())
+    def __init__(self, config: RunConfig, frames: int, device: torch.device):
+        from audiolm_pytorch import CoarseTransformer
+        from audiolm_pytorch.t5 import T5_CONFIGS
 
-    return model, loss
+        c, self.K, self.frames = config.model, config.num_coarse, frames
+        # its constructor asks the network for the width of a text encoder, with text or without
+        T5_CONFIGS["no text"] = {"config": SimpleNamespace(d_model=c.dim)}
+        self.device, self.codes_per_step = device, 1
+        self.model = CoarseTransformer(
+            codebook_size=CODEC["codebook_size"],
+            num_coarse_quantizers=self.K,
+            num_semantic_tokens=SEMANTIC["num_tokens"],
+            dim=c.dim,
+            depth=c.num_layers,
+            heads=c.num_heads,
+            attn_dropout=c.dropout,
+            ff_dropout=c.dropout,
+            t5_name="no text",
+            flash_attn=self.flash,
+            num_residual_streams=1,  # its default, 4, takes twice the memory and more
+        ).to(device)
+
+    def _tokens(self, batch: int, num_codes: int) -> tuple[Tensor, Tensor]:
+        sizes = ((SEMANTIC["num_tokens"], self.frames), (CODEC["codebook_size"], num_codes))
+        return tuple(torch.randint(size, (batch, n), device=self.device) for size, n in sizes)
+
+    def loss(self, batch: int) -> Call:
+        semantic, codes = self._tokens(batch, self.frames * self.K)
+
+        def loss() -> Tensor:
+            _, logits = self.model(semantic_token_ids=semantic, coarse_token_ids=codes)
+            logits = logits[:, : codes.shape[1]].flatten(0, 1)
+            return F.cross_entropy(logits.float(), codes.flatten())
+
+        return loss
+
+    def step(self, batch: int, num_before: int) -> Call:
+        """The next code after `num_before` places, with a cache, as its own `generate` does it."""
+        semantic, codes = self._tokens(batch, max(1, num_before - self.frames))
+        caches: tuple = (None, None)
+
+        def step() -> Tensor:
+            nonlocal codes, caches
+            (_, logits), caches = self.model.forward_with_cond_scale(
+                semantic_token_ids=semantic,
+                coarse_token_ids=codes,
+                cond_scale=1.0,
+                return_kv_cache=True,
+                kv_cache=caches[0],
+                embed_cache=caches[1],
+            )
+            drawn = drawn_from(logits[:, -1])[:, None]  # [B,1]
+            codes = torch.cat([codes, drawn % CODEC["codebook_size"]], dim=1)
+            return drawn
+
+        step()  # reads what is before
+        return step
 
 
-PEERS = {  # name -> (package, what builds its model and loss)
-    "transformers' MusicGen decoder": ("transformers", musicgen),
-    "audiolm-pytorch, flash attention": ("audiolm_pytorch", partial(audiolm, flash=True)),
-    "audiolm-pytorch, relative bias": ("audiolm_pytorch", partial(audiolm, flash=False)),
-}
+class BiasedAudioLM(AudioLM):
+    name, flash = "audiolm-pytorch, relative bias", False
+
+
+PEERS = {peer.name: peer for peer in (MusicGen, AudioLM, BiasedAudioLM)}
+
+
+def drawn_from(logits: Tensor) -> Tensor:
+    """logits [N,C] -> classes [N], among the 100 likeliest."""
+    best, classes = logits.float().topk(100, dim=-1)
+    place = torch.multinomial((best / 0.8).softmax(dim=-1), 1)
+    return classes.gather(1, place)[:, 0]
 
 
 def installed_peers() -> list[str]:
     """ValueError: none is installed."""
-    names = [name for name, (package, _) in PEERS.items() if find_spec(package)]
+    names = [name for name, peer in PEERS.items() if find_spec(peer.package)]
     if not names:
         raise ValueError(
             "--peers: none is installed; pip install transformers, or audiolm-pytorch==2.4.0"
@@ -104,8 +166,8 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
     while batch:
         try:
             torch.manual_seed(0)
-            build = PEERS[name][1]
-            figures = time_plain_steps(*build(config, frames, batch, device), device, num_steps)
+            peer = PEERS[name](config, frames, device)
+            figures = time_plain_steps(peer.model, peer.loss(batch), device, num_steps)
         except torch.OutOfMemoryError:
             batch //= 2
             continue
@@ -121,7 +183,7 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
     return {"failed": "out of memory"}
 
 
-def time_plain_steps(model: nn.Module, loss_of: Loss, device: torch.device, num: int) -> dict:
+def time_plain_steps(model: nn.Module, loss_of: Call, device: torch.device, num: int) -> dict:
     counted = [  # as our own MFU: neither embeddings nor heads
         p for name, p in model.named_parameters() if not re.search(r"embed|head|logit", name)
     ]
@@ -154,4 +216,35 @@ def time_plain_steps(model: nn.Module, loss_of: Loss, device: torch.device, num:
         "first_seconds": started - began,
         "loss": last,
         "num_parameters": sum(p.numel() for p in counted),
+    }
+
+
+@torch.no_grad()
+def time_decoding(
+    name: str, config: RunConfig, batch: int, num_steps: int, device: torch.device
+) -> dict:
+    """Figures as those of `bench_sample.time_stage`, of steps half way through the recipe's
+    sequence. {"failed"}: why there are none."""
+    frames = round(config.data.crop_seconds * CODEC["frame_rate"])
+    half = frames * (1 + config.num_coarse) // 2
+    try:
+        peer = PEERS[name](config, frames, device)
+        peer.model.eval()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            step = peer.step(batch, half)
+            for _ in range(WARM_UP):
+                step()
+            step().sum().item()  # waits for all that the device still has to do
+            started = time.perf_counter()
+            for _ in range(num_steps):
+                drawn = step()
+            drawn.sum().item()
+            seconds = (time.perf_counter() - started) / num_steps
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}
+    codes = batch * peer.codes_per_step
+    return {
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": codes / seconds,
+        "real_time": codes / config.num_coarse / CODEC["frame_rate"] / seconds,
     }

@@ -2,7 +2,9 @@
 
 import argparse
 import time
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,17 @@ from model.pipeline import (
 )
 from model.sampling import generate
 from model.stages import Stage, stage_spec
-from scripts.bench_tools import CODEC, SEMANTIC, cells, median_ms, report
+from scripts.bench_peers import installed_peers, time_decoding
+from scripts.bench_tools import (
+    CODEC,
+    SEMANTIC,
+    add_result_options,
+    cells,
+    check_picture,
+    median_ms,
+    report,
+    save_picture,
+)
 from scripts.cli import find_device
 
 FEW_FRAMES = 10  # of what is slow
@@ -41,16 +53,14 @@ COLUMNS = {
 }
 
 
-def random_stage(recipe: str, overrides: list[str], device: torch.device) -> tuple[Stage, float]:
-    """A recipe's stage with random weights, and the seconds it would be trained on at a time."""
-    config = load_config(RunConfig, recipe, [*overrides, "out=.", "data.tokens=."])
+def random_stage(config: RunConfig, device: torch.device) -> Stage:
+    """A recipe's stage with random weights."""
     sizes = (SEMANTIC["num_tokens"], CODEC["num_codebooks"], CODEC["codebook_size"])
     spec = stage_spec(config.stage, *sizes, config.num_coarse, pattern=config.pattern)
     dtype = sampling_dtype("auto", device)
     attention = resolve(device, dtype, config.model.head_dim, config.attention.backend)
     torch.manual_seed(0)
-    stage = Stage(spec, config.model, attention).sampled_in(dtype).to(device).eval()
-    return stage, config.data.crop_seconds
+    return Stage(spec, config.model, attention).sampled_in(dtype).to(device).eval()
 
 
 def copied_per_second(device: torch.device) -> float:
@@ -134,57 +144,113 @@ def time_pipeline(models: Models, batch: int, seconds: float, chunks: Chunks | N
 
     run()
     sounds.clear()
+    cuda = models.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     elapsed = timed(run, models.device)
     return {
         "real_time": sounds[-1][1] / models.codec.sample_rate / elapsed,
         "first_sound": sounds[0][0],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
     }
 
 
-def bench_sample(parsed: argparse.Namespace) -> None:
-    """Stages by batch sizes, one of them without a cache as the baseline; then the whole."""
-    device = find_device(parsed.device)
-    overrides = [word for word in parsed.overrides if "=" in word]
-    recipes = [word for word in parsed.overrides if "=" not in word]
-    built = [random_stage(recipe, overrides, device) for recipe in [parsed.config, *recipes]]
-    copying, rows, (how, why) = copied_per_second(device), [], fastest(device)
+def stage_rows(
+    stage: Stage, config: RunConfig, parsed: argparse.Namespace, how: str, copying: float
+) -> Iterator[dict]:
+    """A stage by batch sizes, after its baselines: without a cache, and by the modules alone."""
+    frames = max(1, round(min(parsed.seconds, config.data.crop_seconds) * CODEC["frame_rate"]))
+    name, few = stage.spec.name, min(frames, FEW_FRAMES)
+    plain = time_stage(stage, 1, few, False, copying)
+    yield {"name": f"{name}, no cache, {few} frames", "batch": 1, **plain}
+    for batch in tqdm(parsed.batch, desc=name, disable=None):
+        if how != "plain":
+            use_decoding(stage, "plain")
+            plain = time_stage(stage, batch, few, True, copying)
+            yield {"name": f"{name}, plain, {few} frames", "batch": batch, **plain}
+        use_decoding(stage, how)
+        yield {"name": name, "batch": batch, **time_stage(stage, batch, frames, True, copying)}
+
+
+def whole_rows(
+    stages: dict[str, Stage], configs: dict[str, RunConfig], parsed: argparse.Namespace
+) -> Iterator[dict]:
+    """All stages and the codec in a row, by batch sizes; then as a stream."""
+    for stage in stages.values():  # a clip goes on to its end
+        stage.heads[0].weight.data[stage.layout.eos] = 0
+    states = {
+        name: {"crop_seconds": config.data.crop_seconds, "collapse_semantic": False}
+        for name, config in configs.items()
+    }
+    device = next(iter(stages.values())).embed.weight.device
+    codec = load_codec(parsed.codec, device)
+    models = Models(stages, states, codec, None, Fraction(1), device)
+    for batch in parsed.batch:
+        figures = time_pipeline(models, batch, parsed.seconds, None)
+        yield {"name": "all stages and the codec", "batch": batch, **figures}
+    chunks = Chunks.of_seconds(models, *STREAM_SECONDS)
+    figures = time_pipeline(models, 1, parsed.seconds, chunks)
+    yield {"name": "the same, streamed", "batch": 1, **figures}
+
+
+def all_rows(parsed: argparse.Namespace, device: torch.device, copying: float) -> Iterator[dict]:
+    """ValueError, before anything is timed: what cannot be."""
+    overrides = ["out=.", "data.tokens=.", *(word for word in parsed.overrides if "=" in word)]
+    recipes = [parsed.config, *(word for word in parsed.overrides if "=" not in word)]
+    loaded = [load_config(RunConfig, recipe, overrides) for recipe in recipes]
+    configs, (how, why) = {config.stage: config for config in loaded}, fastest(device)
+    peers = installed_peers() if parsed.peers else []
+    if peers and "coarse" not in configs:
+        raise ValueError("--peers: theirs are coarse stages; name a coarse recipe as well")
     print(f"decoding: {how} ({why}), {str(sampling_dtype('auto', device)).removeprefix('torch.')}")
-    for stage, context in built:
-        frames = max(1, round(min(parsed.seconds, context) * CODEC["frame_rate"]))
-        name, few = stage.spec.name, min(frames, FEW_FRAMES)
-        plain = time_stage(stage, 1, few, False, copying)
-        rows.append({"name": f"{name}, no cache, {few} frames", "batch": 1, **plain})
+    stages = {name: random_stage(config, device) for name, config in configs.items()}
+    for name, stage in stages.items():
+        yield from stage_rows(stage, configs[name], parsed, how, copying)
+    for name in peers:
         for batch in tqdm(parsed.batch, desc=name, disable=None):
-            if how != "plain":
-                use_decoding(stage, "plain")
-                plain = time_stage(stage, batch, few, True, copying)
-                rows.append({"name": f"{name}, plain, {few} frames", "batch": batch, **plain})
-            use_decoding(stage, how)
-            figures = time_stage(stage, batch, frames, True, copying)
-            rows.append({"name": name, "batch": batch, **figures})
-    names = {stage.spec.name for stage, _ in built}
-    if names in ({"semantic", "coarse", "fine"}, {"semantic", "acoustic"}):
-        stages = {stage.spec.name: stage for stage, _ in built}
-        for stage in stages.values():  # a clip goes on to its end
-            stage.heads[0].weight.data[stage.layout.eos] = 0
-        states = {
-            stage.spec.name: {"crop_seconds": context, "collapse_semantic": False}
-            for stage, context in built
-        }
-        codec = load_codec(parsed.codec, device)
-        models = Models(stages, states, codec, None, Fraction(1), device)
-        for batch in parsed.batch:
-            figures = time_pipeline(models, batch, parsed.seconds, None)
-            rows.append({"name": "all stages and the codec", "batch": batch, **figures})
-        figures = time_pipeline(
-            models, 1, parsed.seconds, Chunks.of_seconds(models, *STREAM_SECONDS)
-        )
-        rows.append({"name": "the same, streamed", "batch": 1, **figures})
+            figures = time_decoding(name, configs["coarse"], batch, FEW_FRAMES, device)
+            yield {"name": name, "batch": batch, **figures}
+    if stages.keys() in ({"semantic", "coarse", "fine"}, {"semantic", "acoustic"}):
+        yield from whole_rows(stages, configs, parsed)
+
+
+def bench_sample(parsed: argparse.Namespace) -> None:
+    """Stages, other projects' beside the coarse one, and the whole."""
+    if parsed.plot:
+        check_picture(parsed.plot)
+    device = find_device(parsed.device)
+    copying, rows = copied_per_second(device), []
+    for row in all_rows(parsed, device, copying):
+        rows.append(row)
+        show(rows, parsed, copying, more=True)
+    show(rows, parsed, copying, more=False)
+    if parsed.plot:
+        draw(rows, Path(parsed.plot))
+
+
+def show(rows: list[dict], parsed: argparse.Namespace, copying: float, more: bool) -> None:
     table = [["", "batch", *(heading for heading, _ in COLUMNS.values())]]
     for row in rows:
         table.append([row["name"], str(row["batch"]), *cells(row, COLUMNS)])
-    facts = {"configs": [parsed.config, *recipes], "seconds": parsed.seconds}
-    report(rows, table, parsed, **facts, copied_gb_per_second=copying / 1e9)
+    facts = {"copied_gb_per_second": copying / 1e9, "seconds": parsed.seconds}
+    report(rows, table, parsed, more, **facts)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Milliseconds of a step over clips in a batch, a line for each way that was timed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    timed = [row for row in rows if "milliseconds" in row and "no cache" not in row["name"]]
+    for name in dict.fromkeys(row["name"] for row in timed):
+        own = [row for row in timed if row["name"] == name]
+        axis.plot(
+            [row["batch"] for row in own], [row["milliseconds"] for row in own], "o-", label=name
+        )
+    axis.set(xscale="log", yscale="log", xlabel="clips in a batch", ylabel="ms a step")
+    axis.legend(fontsize="small")
+    save_picture(figure, path)
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
@@ -199,5 +265,6 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], metavar="N")
     parser.add_argument("--seconds", type=float, default=4.0, help="of audio in a clip (4)")
     parser.add_argument("--codec", default="pretrained/codec_16khz", help="of all stages in a row")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
-    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
+    parser.add_argument("--peers", action="store_true", help="beside other projects' models")
+    parser.add_argument("--plot", metavar="FILE.svg", help="ms a step as a picture (svg or png)")
+    add_result_options(parser)

@@ -5,18 +5,21 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from configs.files import write_json
+from configs.files import atomic_write, write_json
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.shards import EncodedClip, write_header, write_shard
 from scripts.clips import align
 from scripts.run_log import environment
 
+PICTURES = (".png", ".svg")
 WARM_UP = 5  # steps that are not timed
 NUM_CLIPS = 256  # made-up ones: more than a step of any recipe takes
 CODEC = {
@@ -40,6 +43,20 @@ SEMANTIC = {
 def add_result_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
+
+
+def check_picture(path: str) -> None:
+    """ValueError: it cannot be drawn."""
+    if Path(path).suffix not in PICTURES:
+        raise ValueError(f"--plot {path}: name it .png or .svg")
+    if not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib==3.10.9")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """A matplotlib Figure, in the format of the path's ending."""
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 def compared(compare: list[str]) -> dict[str, list[str]]:

@@ -121,22 +121,26 @@ def test_what_is_timed_before_a_crash_is_kept(tmp_path, monkeypatch):
 def test_peers_take_the_largest_batch_that_fits(monkeypatch, capsys):
     tried = []
 
-    def build(config, frames, batch, device):
-        tried.append(batch)
-        if batch > 1:
-            raise torch.OutOfMemoryError
-        model = torch.nn.Linear(3, 3).to(device)
-        return model, lambda: model(torch.ones(batch, 3, device=device)).square().sum()
+    class Layer:
+        package = "torch"
+
+        def __init__(self, config, frames, device):
+            self.model, self.device = torch.nn.Linear(3, 3).to(device), device
+
+        def loss(self, batch):
+            tried.append(batch)
+            if batch > 1:
+                raise torch.OutOfMemoryError
+            return lambda: self.model(torch.ones(batch, 3, device=self.device)).square().sum()
 
     monkeypatch.setattr(bench_train, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(bench_train, "variants", lambda *_: {})
-    monkeypatch.setattr(
-        bench_peers, "PEERS", {"a layer": ("torch", build), "no": ("absent_", None)}
-    )
+    absent = type("Absent", (), {"package": "absent_"})
+    monkeypatch.setattr(bench_peers, "PEERS", {"a layer": Layer, "no": absent})
     bench.main(["train", "--config", RECIPE, *SMALL, "--steps", "2", "--peers"])
     assert tried == [4, 2, 1]
     assert re.search(r"a layer, batch 1 +\d", capsys.readouterr().out)
-    monkeypatch.setattr(bench_peers, "PEERS", {"no": ("absent_", None)})
+    monkeypatch.setattr(bench_peers, "PEERS", {"no": absent})
     with pytest.raises(ValueError, match="none is installed; pip install"):
         bench.main(["train", "--config", RECIPE, "--peers"])
 
@@ -318,3 +322,38 @@ def test_sample_times_every_stage_and_all_in_a_row(tmp_path, capsys):
     assert whole["first_sound"] > 0
     assert streamed["first_sound"] > 0
     assert re.search(r"coarse, no cache, 10 frames +1 +\d", capsys.readouterr().out)
+
+
+def test_sample_times_other_projects_beside_the_coarse_stage(tmp_path, monkeypatch):
+    class Counter:
+        package, codes_per_step, steps = "torch", 3, 0
+
+        def __init__(self, config, frames, device):
+            self.model, self.frames = torch.nn.Identity(), frames
+
+        def step(self, batch, num_before):
+            assert num_before == self.frames * 4 // 2  # a semantic token and three codes a frame
+
+            def step():
+                Counter.steps += 1
+                return torch.zeros(batch)
+
+            return step
+
+    monkeypatch.setattr(bench_peers, "PEERS", {"a counter": Counter})
+    small = "model={dim: 16, num_layers: 1, num_heads: 2, head_dim: 8}"
+    few = ["--batch", "1", "2", "--seconds", "0.1", "--device", "cpu", "--peers"]
+    out, picture = tmp_path / "sample.json", tmp_path / "sample.svg"
+    drawn = ["--plot", str(picture)] if find_spec("matplotlib") else []
+    command = ["sample", "--config", "configs/demo_coarse.yaml", small, *few]
+    bench.main([*command, "--out", str(out), *drawn])
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["name"] == "a counter"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    assert Counter.steps == 2 * (bench_peers.WARM_UP + 1 + 10)
+    for row in rows:
+        a_second = 1e3 / row["milliseconds"]
+        assert row["tokens_per_second"] == pytest.approx(3 * row["batch"] * a_second)
+        assert row["real_time"] == pytest.approx(row["batch"] * a_second / 50)
+    assert not drawn or picture.read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match="name a coarse recipe"):
+        bench.main(["sample", "--config", "configs/demo_semantic.yaml", "--peers"])
