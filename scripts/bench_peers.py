@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -166,8 +167,8 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
     while batch:
         try:
             torch.manual_seed(0)
-            peer = PEERS[name](config, frames, device)
-            figures = time_plain_steps(peer.model, peer.loss(batch), device, num_steps)
+            # held by nobody here, lest a model that did not fit stays beside the next
+            figures = time_plain_steps(PEERS[name](config, frames, device), batch, num_steps)
         except torch.OutOfMemoryError:
             batch //= 2
             continue
@@ -183,7 +184,8 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
     return {"failed": "out of memory"}
 
 
-def time_plain_steps(model: nn.Module, loss_of: Call, device: torch.device, num: int) -> dict:
+def time_plain_steps(peer: Any, batch: int, num: int) -> dict:
+    model, device, loss_of = peer.model, peer.device, peer.loss(batch)
     counted = [  # as our own MFU: neither embeddings nor heads
         p for name, p in model.named_parameters() if not re.search(r"embed|head|logit", name)
     ]
