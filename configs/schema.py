@@ -57,7 +57,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     lr: float = 6e-4
-    muon_lr: float = 0.0  # of Muon for the blocks' matrices (README: worth it); 0: AdamW alone
+    muon_lr: float = 0.0  # of Muon for the blocks' matrices (README: where it pays); 0: AdamW alone
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # on matrices; never on norms and embeddings
     warmup_steps: int = 200

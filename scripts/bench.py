@@ -25,7 +25,7 @@ EXAMPLES = """\
   python -m scripts.bench scale --config configs/coarse_270m.yaml --processes 2 --steps 200
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
-      --compare "muon: optim.muon_lr=0.01" --seeds 0 1 2 --plot muon.svg --out muon.json"""
+      --compare "AdamW: optim.muon_lr=0" --seeds 0 1 2 --plot muon.svg --out muon.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:

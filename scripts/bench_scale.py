@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def launch(strategy: str | None, num_processes: int, words: list[str]) -> dict:
     return json.loads(out.read_text())
 
 
-def plan(batch_size: int, num_micro: int, most: int, strategies: list[str]) -> dict[str, tuple]:
+def plan(batch_size: int, num_micro: int, most: int, strategies: Sequence[str]) -> dict[str, tuple]:
     """Name of a row -> (strategy, processes, clips a step, micro-batches of a process); ALONE and
     ALL are what the others are compared with."""
     clips = batch_size * most
@@ -91,14 +92,18 @@ def bench_scale(parsed: argparse.Namespace) -> None:
     """Every row in processes of its own, one after the other, on the same tokens."""
     if parsed.steps < 1 or parsed.processes < 1:
         raise ValueError("--steps and --processes: at least 1")
-    if "fsdp2" in parsed.strategies and not torch.cuda.is_available():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("bench scale launches its processes itself; leave out the launcher")
+    able = STRATEGIES if torch.cuda.is_available() else STRATEGIES[:1]
+    strategies = parsed.strategies or able
+    if not set(strategies) <= set(able):
         raise ValueError("--strategies fsdp2: Accelerate shards on GPUs alone; say ddp")
     config = load_config(RunConfig, parsed.config, [*parsed.overrides, "data.tokens=.", "out=."])
     sizes = config.train.batch_size, config.train.num_micro_batches
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         overrides = with_tokens(parsed.config, parsed.overrides, scratch)
-        planned = plan(*sizes, parsed.processes, parsed.strategies)
+        planned = plan(*sizes, parsed.processes, strategies)
         for name, (strategy, num, clips, micro) in planned.items():
             out = Path(scratch, f"{len(rows)}")
             own = [f"train.batch_size={clips}", f"train.num_micro_batches={micro}", f"out={out}"]
@@ -107,6 +112,8 @@ def bench_scale(parsed: argparse.Namespace) -> None:
             row = rows[name] = {"name": name, **launch(strategy, num, words)}
             print(name, row.get("failed") or f"{row['milliseconds']:.1f} ms", flush=True)
             show(rows, parsed, more=len(rows) < len(planned))
+    if all("failed" in row for row in rows.values()):
+        raise ValueError(f"no row could be timed: {rows[ALONE]['failed']}")
 
 
 def show(rows: dict[str, dict], parsed: argparse.Namespace, more: bool) -> None:
@@ -136,7 +143,7 @@ def add_scale_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, default=2, metavar="N", help="at most, and what divides it (2)"
     )
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, help="(those that can be)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row (20)")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
 

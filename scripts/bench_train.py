@@ -15,7 +15,7 @@ from torch import distributed
 
 from configs.load import load_config
 from configs.schema import RunConfig
-from model.sharding import whole_tensors
+from model.sharding import is_sharded
 from scripts.bench_peers import installed_peers, time_peer
 from scripts.bench_tools import WARM_UP, cells, compared, report, with_tokens
 from scripts.run_log import Meter, peak_flops
@@ -43,8 +43,8 @@ def meet_elsewhere(index: int) -> None:
 def alike(tensors: dict[str, torch.Tensor]) -> bool:
     """Whether every process holds the same tensors, to the bit. Each must ask."""
     digest = hashlib.sha256()
-    for tensor in whole_tensors(tensors).values():
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    for tensor in tensors.values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     found = [None] * distributed.get_world_size()
     distributed.all_gather_object(found, digest.hexdigest())
     return len(set(found)) == 1
@@ -79,7 +79,7 @@ def run_steps(run: Any, num_steps: int) -> dict:
     elapsed, peak = time.perf_counter() - started, peak_flops(process.device)
     sums = torch.tensor([places, padded, flops], dtype=torch.float32, device=process.device)
     places, padded, flops = process.reduce(sums, "sum").tolist()
-    several = process.num_processes > 1
+    copies = process.num_processes > 1 and not is_sharded(run.stage)  # shards are there once
     return {
         "milliseconds": 1e3 * elapsed / num_steps,
         "tokens_per_second": places / elapsed,
@@ -91,7 +91,7 @@ def run_steps(run: Any, num_steps: int) -> dict:
         "loss": losses[-1],
         "losses": losses,  # means of every so many steps
         "num_processes": process.num_processes,
-        "alike": alike(dict(run.stage.named_parameters())) if several else None,
+        "alike": alike(dict(run.stage.named_parameters())) if copies else None,
     }
 
 

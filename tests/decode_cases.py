@@ -141,7 +141,9 @@ def check_clips(name, sampling, hows, device, more=0, **changes):
     sizes = {"dim": 32, "ff_dim": 48, "num_layers": 2, "num_heads": 4, "head_dim": 8}
     config = ModelConfig(**sizes | {"num_kv_heads": 2} | changes)
     choice = AttentionChoice(("einsum",), "test")
-    stage = Stage(stage_spec(name, 20, 4, 16, 2), config, choice).eval()
+    name, _, pattern = name.partition(" ")
+    spec = stage_spec(name, 20, 4, 16, 2, pattern=pattern or "auto")
+    stage = Stage(spec, config, choice).eval()
     for parameter in stage.parameters():
         parameter.data.mul_(8)
     if more:  # no clip shall end before its steps have been captured

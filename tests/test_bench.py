@@ -223,13 +223,16 @@ def test_scale_plans_every_number_that_divides_the_clips():
     ]
 
 
-def test_scale_says_what_cannot_be_and_why_a_row_failed(monkeypatch, capsys):
+def test_scale_says_what_cannot_be_and_why_a_row_failed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="fsdp2: Accelerate shards on GPUs alone"):
         bench.main(["scale", "--config", RECIPE, "--strategies", "fsdp2"])
     lost = ["data.tokens=nowhere", "--processes", "1", "--strategies", "ddp"]
-    bench.main(["scale", "--config", RECIPE, *SMALL, *lost])
-    assert re.search(r"1 process nowhere: no header.json", capsys.readouterr().out)
+    with pytest.raises(ValueError, match=r"nowhere: no header.json"):
+        bench.main(["scale", "--config", RECIPE, *SMALL, *lost])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="leave out the launcher"):
+        bench.main(["scale", "--config", RECIPE])
 
 
 def test_processes_that_differ_are_told(monkeypatch):

@@ -90,14 +90,14 @@ def test_kernels_equal_plain_ones_on_a_gpu():
 
 @needs_gpu
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(1.0, 8, 0.9, 0.01)])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "coarse delay", "fine delay", "acoustic flatten"])
 @torch.no_grad()
 def test_every_way_makes_the_same_clips_on_a_gpu(name, sampling):
     ways = ["plain", "triton", "captured"]
     for changes in ({}, {"qk_norm": True}, {"num_kv_heads": 1, "head_dim": 128}):
         decoders = check_clips(name, sampling, ways, "cuda", more=12, **changes)
-        heads = 1 if name in ("semantic", "acoustic") else 2
-        assert all(len(decoder.replay.graphs) == heads for decoder in decoders.kept.values())
+        graphs = {"coarse": 2, "fine": 2, "acoustic flatten": 4}.get(name, 1)  # one a head
+        assert all(len(decoder.replay.graphs) == graphs for decoder in decoders.kept.values())
 
 
 def test_a_way_is_chosen_once_and_an_order_that_cannot_be_met_is_an_error(monkeypatch):

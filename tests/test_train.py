@@ -24,7 +24,7 @@ from model.checkpoint import (
     rotate_checkpoints,
 )
 from model.optim import EMA, evaluating, learning_rate, make_optimizer
-from model.stages import STAGES
+from model.stages import STAGES, stage_spec
 from train import Training, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,18 @@ def test_every_stage_learns_and_logs(stage, tokens, tmp_path):
         assert key in line
     mean = sum(last["per_codebook"]) / len(last["per_codebook"])
     assert last["loss"] == pytest.approx(mean, rel=0.2)
+
+
+@pytest.mark.parametrize("stage", ["coarse", "fine", "acoustic"])
+def test_a_pattern_is_trained_saved_and_loaded(stage, tokens, tmp_path):
+    pattern = "flatten" if stage == "acoustic" else "delay"
+    run = train(config(tokens, tmp_path, "train.steps=4", f"pattern={pattern}", stage=stage))
+    assert run.spec.layout.pattern == pattern
+    loaded, state = load_stage(tmp_path)
+    assert loaded.layout == run.spec.layout
+    assert [head.out_features for head in loaded.heads] == list(loaded.layout.head_sizes)
+    del state["spec"]["pattern"]  # as in checkpoints from before there was a choice
+    assert stage_spec(**state["spec"]).layout.pattern != pattern
 
 
 def test_golden_losses(tokens, tmp_path):
