@@ -147,7 +147,7 @@ def show(rows: list[dict], parsed: argparse.Namespace, more: bool) -> None:
     target = parsed.target if parsed.target is not None else max(row["best"] for row in rows)
     facts = {"config": parsed.config, "overrides": parsed.overrides, "target": target}
     report(rows, summarise(rows, target), parsed, more, **facts)
-    if parsed.plot:
+    if parsed.plot and not more:
         draw(rows, target, Path(parsed.plot))
 
 

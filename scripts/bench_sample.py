@@ -199,6 +199,8 @@ def all_rows(parsed: argparse.Namespace, device: torch.device, copying: float) -
     recipes = [parsed.config, *(word for word in parsed.overrides if "=" not in word)]
     loaded = [load_config(RunConfig, recipe, overrides) for recipe in recipes]
     configs, (how, why) = {config.stage: config for config in loaded}, fastest(device)
+    if len(configs) < len(loaded):
+        raise ValueError(f"{' '.join(recipes)}: two are of one stage; time them one by one")
     peers = installed_peers() if parsed.peers else []
     if peers and "coarse" not in configs:
         raise ValueError("--peers: theirs are coarse stages; name a coarse recipe as well")

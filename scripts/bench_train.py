@@ -53,11 +53,8 @@ def alike(tensors: dict[str, torch.Tensor]) -> bool:
 def run_steps(run: Any, num_steps: int) -> dict:
     """Figures of `num_steps` steps of a `train.Training`, after some that are not timed."""
     process, num_micro = run.process, run.config.train.num_micro_batches
-    batches, cuda, began = (
-        iter(run.loaders()[0]),
-        process.device.type == "cuda",
-        time.perf_counter(),
-    )
+    batches, cuda = iter(run.loaders()[0]), process.device.type == "cuda"
+    began = time.perf_counter()
     for _ in range(WARM_UP):
         norm = run.update([next(batches) for _ in range(num_micro)])
     norm.item()  # waits for all that the device still has to do

@@ -360,3 +360,5 @@ def test_sample_times_other_projects_beside_the_coarse_stage(tmp_path, monkeypat
     assert not drawn or picture.read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="name a coarse recipe"):
         bench.main(["sample", "--config", "configs/demo_semantic.yaml", "--peers"])
+    with pytest.raises(ValueError, match="two are of one stage"):
+        bench.main(["sample", "--config", "configs/demo_coarse.yaml", "configs/coarse_small.yaml"])
