@@ -188,4 +188,6 @@ if __name__ == "__main__":
             few = {"num_layers": 1, "qk_norm": True}
             check_clips("coarse", Sampling(), ["captured"], "cpu", **few)
             check_clips("acoustic", Sampling(temperature=0), ["triton"], "cpu", num_layers=1)
+            for other in ("coarse delay", "fine delay", "acoustic flatten"):
+                check_clips(other, Sampling(), ["captured"], "cpu", num_layers=1)
     print("same")
