@@ -35,7 +35,7 @@ from configs.schema import RunConfig
 from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import TokenFolder, semantic_rate
-from model.backends import capability_of, choose_packing, resolve
+from model.backends import capability_of, choose_packing, let_segments_grow, resolve
 from model.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -341,6 +341,7 @@ def shard_policy(bf16: bool) -> FullyShardedDataParallelPlugin:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
+    let_segments_grow()
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

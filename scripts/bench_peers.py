@@ -172,6 +172,8 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
         except torch.OutOfMemoryError:
             batch //= 2
             continue
+        except ImportError as error:  # it is there, and what it needs is not
+            return {"failed": f"cannot be imported: {error}"}
         length, c = frames * (1 + config.num_coarse), config.model
         speed = batch * length / figures["milliseconds"] * 1e3
         flops = 6 * figures.pop("num_parameters") + 6 * c.num_layers * c.dim * length
@@ -244,6 +246,8 @@ def time_decoding(
             seconds = (time.perf_counter() - started) / num_steps
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
+    except ImportError as error:
+        return {"failed": f"cannot be imported: {error}"}
     codes = batch * peer.codes_per_step
     return {
         "milliseconds": 1e3 * seconds,

@@ -148,6 +148,10 @@ def bench_train(parsed: argparse.Namespace) -> None:
             load_config(RunConfig, parsed.config, [*overrides, *words])
         rows = [{"name": name, "overrides": words} for name, words in chosen.items()]
         rows += [{"name": name, "overrides": []} for name in peers]
+        rows = [row for row in rows if not parsed.only or row["name"] in parsed.only]
+        if not rows:
+            names = ", ".join([*chosen, *peers])
+            raise ValueError(f"--only {' '.join(parsed.only)}: none is of {names}")
         for index, row in enumerate(rows):
             name, own = row["name"], [*overrides, f"out={Path(scratch, str(index))}"]
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -180,4 +184,5 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs="+", default=[], metavar='"NAME: key=value ..."', help="more variants"
     )
     parser.add_argument("--peers", action="store_true", help="beside other projects' models")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of the rows")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
