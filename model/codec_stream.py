@@ -5,7 +5,10 @@ A causal decoder needs from the past only what its layers look back on: each con
 costs what its own frames cost.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.codec import (
@@ -16,6 +19,8 @@ from model.codec import (
     SEANetResnetBlock,
     check_codes,
 )
+
+TOGETHER = 16  # clips that are decoded at a time, lest a large batch takes too much memory
 
 
 class CodecStream:
@@ -55,6 +60,14 @@ class CodecStream:
         """The samples of a stream too short to have started; None of any other. Ends the stream."""
         held, self.held = self.held, None
         return None if held is None else self.codec.decode(held)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch alone, [B] bool."""
+        self.held = None if self.held is None else self.held[rows]
+        self.state = {
+            layer: tuple(s[:, rows] for s in state) if isinstance(state, tuple) else state[rows]
+            for layer, state in self.state.items()
+        }
 
     def _decode(self, codes: Tensor) -> Tensor:
         with torch.autocast(codes.device.type, enabled=False):
@@ -97,6 +110,68 @@ class CodecStream:
             return layer(x)
         y = layer(torch.cat([before, x], dim=2))  # [B, C', (1 + t) * stride]
         return y[..., -t * stride :]
+
+
+class CodecStreams:
+    """Streams of clips that grow together, decoded as one batch while they grow alike.
+
+    A clip that has fewer new frames than others leaves the batch with the samples of those it has;
+    if it should go on (it seldom does: it has come to its end), then in a stream of its own, which
+    decodes it from the beginning once.
+    """
+
+    def __init__(self, codec: Codec, num_clips: int):
+        self.codec, self.num_clips = codec, num_clips
+        self.batches = [
+            (CodecStream(codec), list(range(n, min(n + TOGETHER, num_clips))))
+            for n in range(0, num_clips, TOGETHER)
+        ]
+        self.own: dict[int, CodecStream] = {}  # of clips that went on after they had left
+        self.num_pushed = [0] * num_clips  # frames
+        self.num_heard = [0] * num_clips  # samples
+
+    def push(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """The codes [K,T_n] of every clip so far -> its new samples [1,L_n]."""
+        wavs = [torch.empty(1, 0, device=clip.device) for clip in codes]
+        grown = [clip.shape[1] > n for clip, n in zip(codes, self.num_pushed, strict=True)]
+        in_batch = {n for _, rows in self.batches for n in rows}
+        for stream, rows in self.batches:
+            if any(grown[n] for n in rows):
+                self._push_batch(stream, rows, codes, wavs)
+        for n in (n for n in range(self.num_clips) if grown[n] and n not in in_batch):
+            begun = self.num_pushed[n] if n in self.own else 0
+            stream = self.own.setdefault(n, CodecStream(self.codec))
+            wav = stream.push(codes[n][None, :, begun:])[0]  # [1,L]
+            wavs[n] = wav if begun else wav[:, self.num_heard[n] :]
+        for n, (clip, wav) in enumerate(zip(codes, wavs, strict=True)):
+            self.num_pushed[n], self.num_heard[n] = clip.shape[1], self.num_heard[n] + wav.shape[1]
+        return wavs
+
+    def _push_batch(
+        self, stream: CodecStream, rows: list[int], codes: Sequence[Tensor], wavs: list[Tensor]
+    ) -> None:
+        fresh = [codes[n][:, self.num_pushed[n] :] for n in rows]
+        most = max(clip.shape[1] for clip in fresh)
+        # what comes after a clip's end changes nothing before it: the decoder is causal
+        padded = [F.pad(clip, (0, most - clip.shape[1])) for clip in fresh]
+        made = stream.push(torch.stack(padded))  # [B,1,L]
+        for n, wav in zip(rows, made, strict=True):
+            own = codes[n].shape[1]
+            if own >= stream.num_held:  # else what it began with was reflected padding
+                wavs[n] = wav[:, : own * self.codec.hop_length - self.num_heard[n]]
+        alike = [clip.shape[1] == most for clip in fresh]
+        if not all(alike):
+            stream.keep(torch.tensor(alike, device=made.device))
+            rows[:] = [n for n, stays in zip(rows, alike, strict=True) if stays]
+
+    def finish(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        """The samples [1,L_n] of clips too short to have started; none of the others."""
+        return [
+            self.codec.decode(clip[None])[0]
+            if clip.shape[1] and not heard
+            else torch.empty(1, 0, device=clip.device)
+            for clip, heard in zip(codes, self.num_heard, strict=True)
+        ]
 
 
 def _reach(layer: SConv1d) -> int:

@@ -58,6 +58,11 @@ class Decoder:
         self.heads = [head.weight.to(dtype) for head in stage.heads]
         blocks = [] if how == "plain" else stage.transformer.blocks
         self.layers = [_weights(block, dtype) for block in blocks]
+        sizes = self.layout.head_sizes
+        self.num_classes = torch.tensor(sizes, device=device)
+        width = -(-max(sizes) // 16) * 16  # rows of logits that are read 16 bytes at a time
+        padded = [F.pad(head, (0, 0, 0, width - len(head))) for head in self.heads if blocks]
+        self.all_heads = torch.stack(padded) if blocks else None  # [K,W,dim]
         self.firsts, c = first_ids(self.layout).to(device), stage.transformer.config
         self.frequencies = rotary_frequencies(c.head_dim, c.rotary_base, device)
         self.ids = torch.zeros(B, S, dtype=torch.long, device=device)
@@ -65,6 +70,7 @@ class Decoder:
         # the place that the next token takes in the cache, and its step
         self.clock = torch.zeros(2, dtype=torch.long, device=device)
         self.first = torch.zeros(B, dtype=torch.int32, device=device)  # that is not padding
+        self.num_done = torch.zeros(B * c.num_kv_heads, dtype=torch.int32, device=device)
         self.mask, self.rows = None, None  # the mask of "plain" alone
         if how == "captured":
             self.rows = _empty_rows(B, capacity, S, device)
@@ -138,20 +144,21 @@ class Decoder:
         from model.draw_triton import begin_step, draw_codes
 
         where = (self.ids, self.table, self.frequencies, self.positions, self.first, self.rows)
-        x, angles, first = begin_step(self.layout, *where, self.cache.max_length, self.cache.dtype)
+        x, sums, angles, first = begin_step(
+            self.layout, *where, self.cache.max_length, self.cache.dtype
+        )
         for layer, (to_qkv, to_out, to_gate_value, ff_out, gains) in enumerate(self.layers):
             cache = self.cache.k[layer], self.cache.v[layer]
-            qkv = kernels.norm_linear(x, to_qkv).unflatten(-1, (-1, self.cache.head_dim))
-            out = kernels.attend_new(qkv, angles, gains, cache, self.clock[:1], first)
-            x = kernels.add_linear(x, out, to_out)
-            x = kernels.add_linear(x, kernels.norm_swiglu(x, to_gate_value), ff_out)
-        for slot in range(self.layout.num_slots):
-            k = head if self.layout.pattern == "flatten" else slot
-            logits = kernels.norm_linear(x, self.heads[k])
-            where = (self.sampling, self.ids, self.firsts)
-            draw_codes(self.layout, logits, self.rows, slot, k, *where)
+            qkv = kernels.norm_linear(x, sums, to_qkv).unflatten(-1, (-1, self.cache.head_dim))
+            where = (cache, self.clock[:1], first, self.num_done)
+            out = kernels.attend_new(qkv, angles, gains, *where)
+            sums = kernels.add_linear(x, out, to_out)
+            sums = kernels.add_linear(x, kernels.norm_swiglu(x, sums, to_gate_value), ff_out)
+        heads = self.all_heads[head:][: self.layout.num_slots]
+        logits = kernels.norm_linear(x, sums, heads.flatten(0, 1)).unflatten(-1, heads.shape[:2])
+        where = (self.sampling, self.ids, self.firsts, self.num_classes)
+        draw_codes(self.layout, logits, self.rows, head, *where)
         self.clock += 1
-        self.positions += 1
 
 
 def _weights(block: torch.nn.Module, dtype: torch.dtype) -> tuple:

@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from model.decode_triton import runs_ahead, wait
 from model.drawing import EMPTY, Rows, Sampling
 from model.layouts import IGNORE, PAD, Layout
 
@@ -13,16 +15,22 @@ from model.layouts import IGNORE, PAD, Layout
 @triton.jit
 def _begin(
     ids, table, frequencies, positions, first, prompt_frames, num_frames, step,
-    x, cos, sin, starts, num_slots, dim, half, per_frame, delay, capacity,
-    C: tl.constexpr, HALF: tl.constexpr,
+    x, sums, cos, sin, starts, num_slots, dim, half, per_frame, delay, capacity,
+    AHEAD: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    if AHEAD:
+        gdc_launch_dependents()
     clip, c, pair = tl.program_id(0), tl.arange(0, C), tl.arange(0, HALF)
     total = tl.zeros([C], tl.float32)
     for slot in range(num_slots):
         token = tl.load(ids + clip * num_slots + slot)
         total += tl.load(table + token * dim + c, c < dim, 0.0).to(tl.float32)
+    total = total.to(x.dtype.element_ty)
     tl.store(x + clip.to(tl.int64) * dim + c, total, c < dim)
+    wide = total.to(tl.float32)
+    tl.store(sums + clip, tl.sum(wide * wide))
     position, some = tl.load(positions + clip), pair < half
+    tl.store(positions + clip, position + 1)
     angle = position * tl.load(frequencies + pair, some, 0.0)
     tl.store(cos + clip * half + pair, tl.cos(angle), some)
     tl.store(sin + clip * half + pair, tl.sin(angle), some)
@@ -46,18 +54,27 @@ def _largest(keys, weights, least):
 @triton.jit
 def _draw(
     logits, known, uniform, drawn, ids, step, prompt_frames, min_frames, num_frames, firsts,
-    num_classes, num_steps, num_slots, slot, head, eos, per_frame, delay,
+    classes, width, num_steps, num_slots, first_head, eos, per_frame,
     temperature, top_k, top_p, min_p,
+    AHEAD: tl.constexpr,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     EMPTY: tl.constexpr, IGNORE: tl.constexpr, PAD: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`filter_logits`, `draw` and the rest of `Rows.draw` for a slot of each clip."""
-    clip, c = tl.program_id(0), tl.arange(0, C)
+    """`filter_logits`, `draw` and the rest of `Rows.draw` for a slot of each clip. EOS, which only
+    slot 0 can draw, ends no frame that another slot is at in the same step."""
+    if AHEAD:
+        wait()
+    clip, slot, c = tl.program_id(0), tl.program_id(1), tl.arange(0, C)
+    head = first_head + slot
     now = tl.load(step)
-    frame = tl.load(prompt_frames + clip) + now // per_frame - delay
-    x = tl.load(logits + clip * num_classes + c, c < num_classes, float("-inf")).to(tl.float32)
-    if eos >= 0:  # of head 0 alone
-        x = tl.where((c == eos) & (frame < tl.load(min_frames + clip)), float("-inf"), x)
+    frame = tl.load(prompt_frames + clip) + now // per_frame - slot
+    at_x, num_classes = (
+        logits + (clip * num_slots + slot).to(tl.int64) * width,
+        tl.load(classes + head),
+    )
+    x = tl.load(at_x + c, c < num_classes, float("-inf")).to(tl.float32)
+    barred = (head == 0) & (frame < tl.load(min_frames + clip))
+    x = tl.where((c == eos) & barred, float("-inf"), x)
     at = (clip * num_steps + now) * num_slots + slot
     if GREEDY:
         code = tl.argmax(x, axis=0).to(tl.int64)
@@ -84,18 +101,16 @@ def _draw(
     given = tl.load(known + at)
     code = tl.where(given == IGNORE, code, given)
     frames = tl.load(num_frames + clip)
-    if eos >= 0:
-        frames = tl.where((code == eos) & (frame < frames), frame, frames)
+    if (head == 0) & (code == eos) & (frame < frames):
+        frames = frame
         tl.store(num_frames + clip, frames)
     code = tl.where((frame < 0) | (frame >= frames), EMPTY, code)
     tl.store(drawn + at, code)
     tl.store(ids + clip * num_slots + slot, tl.where(code < 0, PAD, code + tl.load(firsts + head)))
 
 
-def _timing(layout: Layout, slot: int) -> tuple[int, int]:
-    """(per_frame, delay): a slot's frame is step // per_frame - delay."""
-    K = layout.num_codebooks
-    return (K, 0) if layout.pattern == "flatten" else (1, slot % K)
+def _per_frame(layout: Layout) -> int:
+    return layout.num_codebooks if layout.pattern == "flatten" else 1
 
 
 def begin_step(
@@ -108,39 +123,41 @@ def begin_step(
     rows: Rows,
     capacity: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """ids [B,S], table [num_ids,C], positions [B] -> x [B,C]; cos, sin [B,D/2]; the first place
-    [B] that each clip sees: `first`, or none before the new one, if it has ended."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """ids [B,S], table [num_ids,C], positions [B], which are counted up -> x [B,C]; the sums [B,1]
+    of its squares; cos, sin [B,D/2]; the first place [B] that each clip sees: `first`, or none
+    before the new one, if it has ended."""
     (B, S), dim, half = ids.shape, table.shape[1], frequencies.numel()
     x, starts = table.new_empty(B, dim, dtype=dtype), torch.empty_like(first)
-    cos, sin = (frequencies.new_empty(B, half) for _ in range(2))
+    sums, cos, sin = (frequencies.new_empty(B, n) for n in (1, half, half))
     _begin[(B,)](
         ids, table, frequencies, positions, first, rows.prompt_frames, rows.num_frames, rows.step,
-        x, cos, sin, starts, S, dim, half, *_timing(layout, -1), capacity,
-        C=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half),
+        x, sums, cos, sin, starts, S, dim, half, _per_frame(layout), S - 1, capacity,
+        AHEAD=runs_ahead(x), C=triton.next_power_of_2(dim), HALF=triton.next_power_of_2(half),
     )  # fmt: skip
-    return x, (cos, sin), starts
+    return x, sums, (cos, sin), starts
 
 
 def draw_codes(
     layout: Layout,
     logits: Tensor,
     rows: Rows,
-    slot: int,
     head: int,
     sampling: Sampling,
     ids: Tensor,
     firsts: Tensor,
+    classes: Tensor,
 ) -> None:
-    """`Rows.draw` and `to_ids` of one slot from head `head`'s logits [B,C], in place; the step is
-    not counted."""
-    (B, num_classes), (_, steps, S) = logits.shape, rows.drawn.shape
-    _draw[(B,)](
+    """`Rows.draw` and `to_ids` from logits [B,S,W] of heads `head` and on, in place; the step is
+    not counted. classes [K]: how many of W each head has."""
+    B, S, width = logits.shape
+    ahead = runs_ahead(logits)
+    _draw[(B, S)](
         logits, rows.known, rows.uniform, rows.drawn, ids, rows.step, rows.prompt_frames,
-        rows.min_frames, rows.num_frames, firsts, num_classes, steps, S, slot, head,
-        layout.eos if head == 0 else -1, *_timing(layout, slot),
+        rows.min_frames, rows.num_frames, firsts, classes, width, rows.num_steps, S, head,
+        layout.eos, _per_frame(layout),
         sampling.temperature, float(sampling.top_k), sampling.top_p, sampling.min_p,
-        GREEDY=sampling.temperature == 0, TOP_K=0 < sampling.top_k < num_classes,
+        AHEAD=ahead, GREEDY=sampling.temperature == 0, TOP_K=0 < sampling.top_k < width,
         TOP_P=sampling.top_p < 1, MIN_P=sampling.min_p > 0,
-        EMPTY=EMPTY, IGNORE=IGNORE, PAD=PAD, C=triton.next_power_of_2(num_classes),
+        EMPTY=EMPTY, IGNORE=IGNORE, PAD=PAD, C=triton.next_power_of_2(width), launch_pdl=ahead,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.codec import Codec
-from model.codec_stream import CodecStream
+from model.codec_stream import CodecStreams
 from model.drawing import Sampling, mix_seed
 from model.sampling import extend
 from model.semantic import SemanticTokenizer
@@ -180,24 +180,19 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
     Of a causal codec chunk by chunk, of another one all at the end: the same samples as decoding
     each clip at once.
     """
-    codec, silence = models.codec, torch.empty(1, 0, device=models.device)
+    codec = models.codec
     if not codec.config.causal:
         *_, codes = chunks
         yield [codec.decode(clip[None].to(models.device))[0] for clip in codes]
         return
-    streams: list[CodecStream] = []
+    streams = None
     for codes in chunks:
-        if not streams:
-            streams, decoded = [CodecStream(codec) for _ in codes], [0] * len(codes)
-        fresh = [clip[:, n:].to(models.device) for clip, n in zip(codes, decoded, strict=True)]
-        decoded = [clip.shape[1] for clip in codes]
-        yield [  # [1,K,t] -> [1,1,L] -> [1,L]
-            stream.push(clip[None])[0] if clip.shape[1] else silence
-            for stream, clip in zip(streams, fresh, strict=True)
-        ]
-    rests = [stream.finish() for stream in streams]
-    if any(rest is not None for rest in rests):
-        yield [silence if rest is None else rest[0] for rest in rests]
+        there = [clip.to(models.device) for clip in codes]
+        streams = streams or CodecStreams(codec, len(there))
+        yield streams.push(there)
+    rests = streams.finish(there)
+    if any(rest.numel() for rest in rests):
+        yield rests
 
 
 def whole_frames(frames: float) -> int:

@@ -27,13 +27,12 @@ def same(ours, theirs, dtype):
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
-def compare(device, sizes, capacity):
-    """Every kernel in fp32 and half precision (the interpreter takes bf16 for integers)."""
+def compare(device, sizes, capacity, dtypes):
+    """Every kernel. (Triton's interpreter takes bf16 for integers.)"""
     from model import decode_triton as ours
 
-    half = torch.float16 if device == "cpu" else torch.bfloat16
     for B, C, H, G, D, ff in sizes:
-        for dtype in (torch.float32, half):
+        for dtype in dtypes:
             torch.manual_seed(0)
 
             def made(*shape, dtype=dtype):
@@ -44,12 +43,15 @@ def compare(device, sizes, capacity):
             qkv_weight, out_weight, both = (
                 made(n, m) * m**-0.5 for n, m in ((H * D, C), (C, ff), (2 * ff, C))
             )
-            same(ours.norm_linear(x, qkv_weight), F.linear(normed, qkv_weight), dtype)
+            sums = x.float().square().sum(dim=1, keepdim=True)
+            same(ours.norm_linear(x, sums, qkv_weight), F.linear(normed, qkv_weight), dtype)
             gate, value = F.linear(normed, both).chunk(2, dim=-1)
-            same(ours.norm_swiglu(x, both), F.silu(gate) * value, dtype)
+            same(ours.norm_swiglu(x, sums, both), F.silu(gate) * value, dtype)
             onto = made(B, C)
             wanted = onto + F.linear(y, out_weight)
-            same(ours.add_linear(onto, y, out_weight), wanted, dtype)
+            sums = ours.add_linear(onto, y, out_weight)
+            same(onto, wanted, dtype)
+            torch.testing.assert_close(sums.sum(dim=1), onto.float().square().sum(dim=1))
             for length, has_gains in ((0, False), (1, True), (capacity - 1, False)):
                 for gains in (None, (made(D), made(D))):
                     if device == "cuda" or (B < 4 and bool(gains) == has_gains):
@@ -76,8 +78,10 @@ def attend(ours, made, device, dtype, sizes, capacity, length, gains):
     mask = torch.arange(length + 1, device=device) >= first.clamp(max=length)[:, None]
     wanted = Attend(causal=True)(q.transpose(1, 2), *past, mask)  # [B,H,1,D]
     angles = (cos.reshape(B, -1), sin.reshape(B, -1))
-    out = ours.attend_new(qkv, angles, gains, cache, place, first)
+    num_done = torch.zeros(B * G, dtype=torch.int32, device=device)
+    out = ours.attend_new(qkv, angles, gains, cache, place, first, num_done)
     same(out, wanted.flatten(1), dtype)
+    assert not num_done.any()
     for old, new in zip(cache, (k, v), strict=True):
         same(old[:, :, length], new[:, 0], dtype)
 
@@ -96,8 +100,9 @@ def compare_draws(device, num_clips, num_frames):
     """Both patterns, every filter: the same codes, ends and next ids from the same logits."""
     from model.draw_triton import draw_codes
 
-    for pattern, samplings in (("flatten", SAMPLINGS), ("delay", SAMPLINGS[-1:])):
+    for pattern, samplings in (("flatten", SAMPLINGS), ("delay", SAMPLINGS[-1:] * 4)):
         layout = Layout((), (37, 37), pattern)
+        classes = torch.tensor(layout.head_sizes, device=device)
         prompts, lengths = [torch.randint(37, (2, n % 3)) for n in range(num_clips)], set()
         arguments = (
             [num_frames] * num_clips,
@@ -113,12 +118,15 @@ def compare_draws(device, num_clips, num_frames):
             ids = torch.full((num_clips, layout.num_slots), -7, device=device)
             for step in range(pair[0].num_steps):
                 head = step % 2 if pattern == "flatten" else 0
-                logits = [3 * torch.randn(num_clips, 38 - k).to(device) for k in range(2)]
-                logits[0][:, layout.eos] += 3
-                wanted = pair[0].draw(layout, lambda k, x=logits: x[k].clone(), head, sampling)
-                for slot in range(layout.num_slots):
-                    k = head if pattern == "flatten" else slot
-                    draw_codes(layout, logits[k], pair[1], slot, k, sampling, ids, firsts)
+                logits = 3 * torch.randn(num_clips, 2, 48).to(device)
+                logits[:, 0, layout.eos] += 3
+
+                def logits_of(k, logits=logits, classes=layout.head_sizes):
+                    return logits[:, k, : classes[k]].clone()
+
+                wanted = pair[0].draw(layout, logits_of, head, sampling)
+                own = logits[:, head:][:, : layout.num_slots].contiguous()
+                draw_codes(layout, own, pair[1], head, sampling, ids, firsts, classes)
                 assert torch.equal(ids, to_ids(layout, wanted, head, firsts)), (pattern, sampling)
                 pair[1].step += 1
             assert torch.equal(pair[0].drawn, pair[1].drawn)
@@ -181,7 +189,7 @@ if __name__ == "__main__":
 
     mend_interpreter()
     with mock.patch("model.decode_triton.PROGRAMS", 8), torch.no_grad():
-        compare("cpu", SIZES, 150)
+        compare("cpu", SIZES, 150, (torch.float32, torch.float16))
         compare_draws("cpu", 3, 3)
         # what is captured is called instead, for there is no GPU to capture it
         with mock.patch("model.decoder.Captured", lambda function: function):

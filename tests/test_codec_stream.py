@@ -5,7 +5,7 @@ import torch
 
 from configs.codec_schema import CodecConfig
 from model.codec import ENCODEC_24KHZ_CONFIG, Codec, initialise_weights
-from model.codec_stream import CodecStream
+from model.codec_stream import CodecStream, CodecStreams
 
 
 def build(**changes):
@@ -79,6 +79,41 @@ def test_two_streams_do_not_share_state():
             hop = codec.hop_length
             expected = codec.decode(codes[row : row + 1])[..., at * hop : (at + 10) * hop]
             torch.testing.assert_close(wav, expected, atol=1e-6, rtol=1e-4)
+
+
+GROWTH = [  # frames of five clips after each push
+    [9, 9, 3, 0, 9],
+    [12, 12, 3, 0, 10],  # the last leaves the batch ...
+    [20, 15, 3, 0, 20],  # ... and goes on, in a stream of its own
+    [20, 15, 5, 0, 26],  # one that had not yet begun grows, and is still too short
+    [31, 15, 5, 0, 30],
+]
+
+
+@pytest.mark.parametrize("together", [1, 2, 16])
+def test_clips_together_sound_as_each_alone(together, monkeypatch):
+    monkeypatch.setattr("model.codec_stream.TOGETHER", together)
+    codec, sizes = build(), []
+    codes = [torch.randint(0, 16, (3, total)) for total in GROWTH[-1]]
+    push, heard = CodecStream.push, [[] for _ in codes]
+
+    def noted(stream, chunk):
+        sizes.append(tuple(chunk.shape[::2]))
+        return push(stream, chunk)
+
+    monkeypatch.setattr(CodecStream, "push", noted)
+    streams = CodecStreams(codec, len(codes))
+    for totals in GROWTH:
+        there = [clip[:, :n] for clip, n in zip(codes, totals, strict=True)]
+        for parts, wav in zip(heard, streams.push(there), strict=True):
+            parts.append(wav)
+    for parts, wav, clip in zip(heard, streams.finish(codes), codes, strict=True):
+        whole = codec.decode(clip[None])[0] if clip.shape[1] else torch.empty(1, 0)
+        torch.testing.assert_close(torch.cat([*parts, wav], dim=1), whole, atol=1e-6, rtol=1e-4)
+        assert wav.numel() == (0 if clip.shape[1] != 5 else 5 * codec.hop_length)
+    if together == 16:  # once from its beginning; else nobody decodes a frame twice
+        assert sizes[0] == (5, 9)
+        assert (1, 20) in sizes
 
 
 def test_what_cannot_be_streamed_is_an_error():
