@@ -110,7 +110,10 @@ def with_tokens(recipe: str, overrides: list[str], scratch: str) -> list[str]:
 
 
 def cells(row: dict, columns: dict[str, tuple[str, str]]) -> list[str]:
-    """A row's figures as the table shows them; columns: key -> (heading, format)."""
+    """A row's figures as the table shows them, or why there are none; columns: key -> (heading,
+    format)."""
+    if "failed" in row:
+        return [row["failed"], *["-"] * (len(columns) - 1)]
     values = ((row.get(key), form) for key, (_, form) in columns.items())
     return ["-" if value is None else format(value, form) for value, form in values]
 
