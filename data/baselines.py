@@ -22,13 +22,13 @@ def bits_per_second(nats: list[float], rates: list[float]) -> float:
 
 
 def baselines(
-    folder: TokenFolder, codebooks: list[str], collapse: bool = False
+    folder: TokenFolder, codebooks: list[str], collapse: bool = False, split: str = "valid"
 ) -> dict[str, Baseline]:
     """`uniform`: every token equally likely. `unigram`: the train split's frequencies plus one,
-    scored on the valid split. `codebooks` are "semantic" or "c<k>"; `collapse` drops repeats of
+    scored on `split`. `codebooks` are "semantic" or "c<k>"; `collapse` drops repeats of
     semantic tokens. EOS, one token a recording, is not counted.
     """
-    train, valid = (unigram_counts(folder, split, collapse) for split in ("train", "valid"))
+    train, valid = (unigram_counts(folder, split, collapse) for split in ("train", split))
 
     def pick(counts: tuple[np.ndarray, np.ndarray], name: str) -> np.ndarray:
         return counts[0] if name == "semantic" else counts[1][int(name[1:])]

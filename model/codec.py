@@ -16,7 +16,7 @@ from urllib.error import URLError
 
 import safetensors.torch
 import torch
-from encodec.model import ROOT_URL
+from encodec.model import ROOT_URL, LMModel
 from encodec.modules import SLSTM, SEANetDecoder, SEANetEncoder
 from encodec.modules import SConv1d as SConv1d  # for model/codec_stream.py
 from encodec.modules import SConvTranspose1d as SConvTranspose1d
@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning
 
 ENCODEC_24KHZ = "encodec_24khz"
 ENCODEC_24KHZ_FILE = "encodec_24khz-d7cc33bc.th"
+ENCODEC_LM_FILE = "encodec_lm_24khz-1608e3c0.th"
 ENCODEC_24KHZ_CONFIG = CodecConfig(
     24_000, encoder_filters=32, decoder_filters=32, num_lstm=2, normalize_latent=False
 )
@@ -266,7 +267,7 @@ def load_codec(name: str, device: str | torch.device = "cpu") -> Codec:
     kind, _, file = name.partition(":")
     if kind == ENCODEC_24KHZ:
         codec = Codec(ENCODEC_24KHZ_CONFIG, name, weight_norm=True)
-        state = _read_th(Path(file)) if file else _download()
+        state = _read_th(Path(file)) if file else _download(ENCODEC_24KHZ_FILE, ENCODEC_24KHZ)
         # The file holds 32 codebooks (24 kbit/s); the first 8 are 6 kbit/s, the rest are left out.
         surplus = tuple(f"quantizer.vq.layers.{k}." for k in range(codec.num_codebooks, 32))
         state = {key: value for key, value in state.items() if not key.startswith(surplus)}
@@ -296,29 +297,43 @@ def _load_folder(folder: Path) -> Codec:
     return codec
 
 
-def _read_th(file: Path) -> Mapping[str, Tensor]:
+def load_encodec_lm(file: str, device: torch.device | str = "cpu") -> nn.Module:
+    """The language model that the encodec package compresses encodec_24khz's codes with; file: a
+    copy of its weights, "" downloads them. lm(codes [B,K,T] + 1 of the frame before, 0 where there
+    is none)[0] are the chances [B,1024,K,T]. ValueError: they cannot be had or read."""
+    lm = LMModel(32, 1024, dim=200, num_layers=5, past_context=int(3.5 * 75))
+    state = _read_th(Path(file), ENCODEC_LM_FILE) if file else _download(ENCODEC_LM_FILE, "its LM")
+    try:
+        lm.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file}: not the weights of {ENCODEC_LM_FILE} ({reason})") from None
+    return lm.to(device).eval().requires_grad_(False)
+
+
+def _read_th(file: Path, expected: str = ENCODEC_24KHZ_FILE) -> Mapping[str, Tensor]:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; expected a copy of {ENCODEC_24KHZ_FILE}")
+        raise ValueError(f"{file}: no such file; expected a copy of {expected}")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and type errors alike
         reason = str(error).splitlines()[0]
         raise ValueError(f"{file}: not a weight file torch can read safely ({reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{file}: not a state dict of tensors like {ENCODEC_24KHZ_FILE}")
+        raise ValueError(f"{file}: not a state dict of tensors like {expected}")
     return state
 
 
-def _download() -> Mapping[str, Tensor]:
+def _download(file: str, what: str) -> Mapping[str, Tensor]:
     """The encodec package's own address, through torch.hub's cache; its loader would unpickle."""
     try:
         return torch.hub.load_state_dict_from_url(
-            ROOT_URL + ENCODEC_24KHZ_FILE, map_location="cpu", check_hash=True, weights_only=True
+            ROOT_URL + file, map_location="cpu", check_hash=True, weights_only=True
         )
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"{ENCODEC_24KHZ}: cannot be downloaded ({error}); copy {ENCODEC_24KHZ_FILE} here from "
-            f"a machine with a network and pass {ENCODEC_24KHZ}:/path/{ENCODEC_24KHZ_FILE}"
+            f"{what}: cannot be downloaded ({error}); copy {file} here from a machine with a "
+            f"network and pass its path ({ENCODEC_24KHZ}:/path/{ENCODEC_24KHZ_FILE} for the codec)"
         ) from None
 
 
