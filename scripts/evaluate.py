@@ -1,16 +1,19 @@
-"""Measure what has been trained: `lm` says what a language model knows, `codec` reconstructs clips,
-`semantic` compares tokenizers, `resynthesis` says semantic tokens anew. Each is in a file of its
-name."""
+"""Measure what has been trained: `lm` says what a language model knows, `pairs` what it prefers,
+`codec` reconstructs clips, `semantic` compares tokenizers, `resynthesis` says semantic tokens anew.
+Each is in a file of its name."""
 
 from scripts.cli import make_parser, run_cli
 from scripts.evaluate_codec import add_codec_options
 from scripts.evaluate_lm import add_lm_options
+from scripts.evaluate_pairs import add_pairs_options
 from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
 
 EXAMPLES = """\
   python -m scripts.evaluate lm runs/semantic
   python -m scripts.evaluate lm runs/coarse --plot runs/coarse.svg --out runs/coarse.json
+  python -m scripts.evaluate pairs runs/semantic
+  python -m scripts.evaluate pairs runs/semantic zerospeech/lexical/dev/gold.csv
   python -m scripts.evaluate codec --codec pretrained/codec_16khz --audio DIR --limit 20
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
       --audio ../shared/corpus/manifest.jsonl --split test --out runs/codec_test.json
@@ -30,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     knows = "a language model beside uniform, unigram and bigram; by context; is it working?"
     add_lm_options(commands.add_parser("lm", help=knows))
+    prefers = "which of two a language model finds likelier: order, context, speaker; sWUGGY etc."
+    add_pairs_options(commands.add_parser("pairs", help=prefers))
     reconstruction = (
         "reconstruction by a codec: PESQ, STOI, SI-SDR, mel distance, speaker, WER, speed"
     )
