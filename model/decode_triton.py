@@ -27,6 +27,9 @@ TILES = {
     64: ((64, 16, 256, 4, 4), (64, 32, 128, 4, 4)),
     1 << 30: ((64, 64, 128, 4, 4), (128, 64, 64, 8, 4)),
 }
+ROOM = (
+    200 * 1024
+)  # bytes of shared memory that TILES take for granted; with less: 2 loads in flight
 KEYS = (64, 4, 2)  # at a time (half in fp32), warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
@@ -37,7 +40,8 @@ HEAD_EPS = tl.constexpr(torch.finfo(torch.float32).eps)  # that F.rms_norm takes
 @triton.jit
 def wait():
     """Let the next kernel be launched, and wait for what the last one writes (programmatic
-    dependent launch): before it only weights may be read."""
+    dependent launch). Before it only weights may be read, and what former steps have written: a
+    step's first kernel, `_begin`, is launched when all of those are over."""
     gdc_launch_dependents()
     gdc_wait()
 
@@ -228,7 +232,7 @@ def _attend(
     width = 2 * half
     k = cache_k + group.to(tl.int64) * capacity * width
     v = cache_v + group.to(tl.int64) * capacity * width
-    if AHEAD:  # keys and `place` are of former steps, for which the first kernel of this one waited
+    if AHEAD:  # some of this in vain, where a clip is padded or has ended
         line = tl.arange(0, AHEAD_KEYS * 2 * HALF // LINE) * LINE
         line = tl.minimum(line + part * tl.cdiv(length, PARTS) * width, length * width)
         _prefetch(k + line)
@@ -275,27 +279,42 @@ def _attend(
 
 
 def runs_ahead(x: Tensor) -> bool:
+    """Whether x is on a GPU with programmatic dependent launch."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def tile_of(x: Tensor, gated: bool) -> tuple[int, int, int, int, int]:
-    """As TILES has them, for x [B,C]."""
-    (B, num_inputs), size = x.shape, x.element_size()
+def has_room(x: Tensor) -> bool:
+    """Whether a program has shared memory as on Hopper; others, newer ones too, have half of it."""
+    if not x.is_cuda:
+        return True
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.shared_memory_per_block_optin >= ROOM
+
+
+def tile_of(B: int, num_inputs: int, size: int, gated: bool, room: bool) -> tuple[int, ...]:
+    """As TILES has them, for x [B,num_inputs] of `size` bytes a number."""
     most = triton.next_power_of_2(num_inputs)
-    if B == 1:
-        return (1, 4, most, 4, 1) if gated else (1, 8, most, 8, 1)
+    if B == 1:  # what a thread holds of weights is bounded
+        row = most * size  # bytes
+        if gated:
+            return 1, max(1, min(4, 16384 // row)), most, min(16, max(4, row // 4096)), 1
+        return 1, max(1, min(8, 65536 // row)), most, min(16, max(8, row // 8192)), 1
     rows, outputs, inputs, warps, stages = next(t for n, t in TILES.items() if n >= B)[gated]
-    # what came before Hopper has less than half the shared memory
-    stages = stages if runs_ahead(x) else 2
-    return rows, outputs, min(inputs * 2 // size, max(16, most)), warps, stages
+    return rows, outputs, min(inputs * 2 // size, max(16, most)), warps, stages if room else 2
 
 
-def _launch(x, sums, weight, out, out_sums, gated=False, tile=None):
+def _launch(
+    x: Tensor,
+    sums: Tensor | None,
+    weight: Tensor,
+    out: Tensor,
+    out_sums: Tensor | None,
+    gated: bool = False,
+) -> Tensor:
     (B, num_inputs), num_outputs, size = x.shape, out.shape[1], x.element_size()
-    rows, columns, inputs, warps, stages = tile or tile_of(x, gated)
+    rows, columns, inputs, warps, stages = tile_of(B, num_inputs, size, gated, has_room(x))
     grid = (triton.cdiv(num_outputs, columns), triton.cdiv(B, rows))
-    num_sums = 1 if sums is None else sums.shape[1]
-    ahead = runs_ahead(x)
+    num_sums, ahead = 1 if sums is None else sums.shape[1], runs_ahead(x)
     _product[grid](
         x, sums, weight, out, out_sums, B, num_outputs, num_inputs, num_sums, EPS,
         NORM=sums is not None, GATED=gated, ADD=out_sums is not None, AHEAD=ahead,
@@ -318,7 +337,8 @@ def norm_swiglu(x: Tensor, sums: Tensor, weight: Tensor) -> Tensor:
 
 def add_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """onto [B,C] += x [B,F] weight [C,F]^T, in place -> the sums [B,P] of onto's squares."""
-    num_programs = triton.cdiv(onto.shape[1], tile_of(x, gated=False)[1])
+    tile = tile_of(*x.shape, x.element_size(), False, has_room(x))
+    num_programs = triton.cdiv(onto.shape[1], tile[1])
     sums = onto.new_empty(len(onto), num_programs, dtype=torch.float32)
     _launch(x, None, weight, onto, sums)
     return sums

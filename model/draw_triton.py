@@ -18,6 +18,8 @@ def _begin(
     x, sums, cos, sin, starts, num_slots, dim, half, per_frame, delay, capacity,
     AHEAD: tl.constexpr, C: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
+    """Embeddings, angles, first places. It does not wait as the others do: it is launched when the
+    step before is over (no launch_pdl), and what follows it counts on that."""
     if AHEAD:
         gdc_launch_dependents()
     clip, c, pair = tl.program_id(0), tl.arange(0, C), tl.arange(0, HALF)
@@ -30,6 +32,7 @@ def _begin(
     wide = total.to(tl.float32)
     tl.store(sums + clip, tl.sum(wide * wide))
     position, some = tl.load(positions + clip), pair < half
+    tl.debug_barrier()  # every warp has read it
     tl.store(positions + clip, position + 1)
     angle = position * tl.load(frequencies + pair, some, 0.0)
     tl.store(cos + clip * half + pair, tl.cos(angle), some)

@@ -190,7 +190,7 @@ def decode_stream(models: Models, chunks: Iterable[list[Tensor]]) -> Iterator[li
         there = [clip.to(models.device) for clip in codes]
         streams = streams or CodecStreams(codec, len(there))
         yield streams.push(there)
-    rests = streams.finish(there)
+    rests = streams.finish(there) if streams else []
     if any(rest.numel() for rest in rests):
         yield rests
 

@@ -158,6 +158,12 @@ def installed_peers() -> list[str]:
     return names
 
 
+def cannot_be_imported(error: ImportError) -> dict:
+    """A row that says so, in a cell of a table."""
+    said = next(filter(str.strip, str(error).splitlines()), "no reason given")
+    return {"failed": f"cannot be imported: {said.strip().replace('|', '/')}"}
+
+
 def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> dict:
     """Figures as `bench_train.time_steps` has them, of a plain step: autocast, fused AdamW,
     clipping. Of the recipe's batch, or the half, the quarter ... that the memory holds."""
@@ -173,7 +179,7 @@ def time_peer(name: str, recipe: str, overrides: list[str], num_steps: int) -> d
             batch //= 2
             continue
         except ImportError as error:  # it is there, and what it needs is not
-            return {"failed": f"cannot be imported: {error}"}
+            return cannot_be_imported(error)
         length, c = frames * (1 + config.num_coarse), config.model
         speed = batch * length / figures["milliseconds"] * 1e3
         flops = 6 * figures.pop("num_parameters") + 6 * c.num_layers * c.dim * length
@@ -247,7 +253,7 @@ def time_decoding(
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
     except ImportError as error:
-        return {"failed": f"cannot be imported: {error}"}
+        return cannot_be_imported(error)
     codes = batch * peer.codes_per_step
     return {
         "milliseconds": 1e3 * seconds,

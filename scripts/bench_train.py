@@ -148,10 +148,10 @@ def bench_train(parsed: argparse.Namespace) -> None:
             load_config(RunConfig, parsed.config, [*overrides, *words])
         rows = [{"name": name, "overrides": words} for name, words in chosen.items()]
         rows += [{"name": name, "overrides": []} for name in peers]
+        if unknown := sorted({*parsed.only} - {row["name"] for row in rows}):
+            names = "; ".join(row["name"] for row in rows)
+            raise ValueError(f"--only: no row is named {unknown[0]!r}; there are {names}")
         rows = [row for row in rows if not parsed.only or row["name"] in parsed.only]
-        if not rows:
-            names = ", ".join([*chosen, *peers])
-            raise ValueError(f"--only {' '.join(parsed.only)}: none is of {names}")
         for index, row in enumerate(rows):
             name, own = row["name"], [*overrides, f"out={Path(scratch, str(index))}"]
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:

@@ -18,6 +18,7 @@ from model.stages import Stage, stage_spec
 from model.transformer import rotary_angles
 
 SIZES = [(1, 40, 4, 1, 8, 20), (3, 32, 4, 2, 16, 24), (17, 24, 3, 3, 12, 20)]  # B, C, H, G, D, F
+SIZES += [(129, 20, 2, 2, 4, 33)]
 BIG = [(1, 1024, 16, 1, 64, 2752), (32, 1024, 16, 1, 64, 2752), (64, 1024, 16, 1, 64, 2752)]
 BIG += [(80, 512, 8, 2, 128, 1408)]
 

@@ -145,6 +145,25 @@ def test_peers_take_the_largest_batch_that_fits(monkeypatch, capsys):
         bench.main(["train", "--config", RECIPE, "--peers"])
 
 
+def test_some_rows_alone_and_a_peer_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    class Broken:
+        package = "torch"
+
+        def __init__(self, *_):
+            raise ImportError("\nno wandb | here\nnor there")
+
+    monkeypatch.setattr(bench_train, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(bench_peers, "PEERS", {"a peer": Broken})
+    command = ["train", "--config", RECIPE, *SMALL, "--steps", "1", "--peers", "--only"]
+    bench.main([*command, "plain kernels", "a peer", "--out", str(tmp_path / "x.json")])
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["plain kernels", "a peer"]
+    assert found["table"][2][:3] == ["a peer", "cannot be imported: no wandb / here", "-"]
+    assert len({len(cells) for cells in found["table"]}) == 1
+    with pytest.raises(ValueError, match="no row is named 'plain kernel'; there are as configured"):
+        bench.main([*command, "plain kernels", "plain kernel"])
+
+
 @pytest.mark.parametrize("words", ["fast", "fast: now", "typo: train.kernel=plain"])
 def test_a_comparison_that_is_none_is_an_error(words, monkeypatch):
     monkeypatch.setattr(bench_train, "time_steps", lambda *_: pytest.fail("timed"))

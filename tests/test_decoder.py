@@ -35,30 +35,26 @@ INTEGERS = (
     "num_rows num_outputs num_inputs num_sums num_kv shared half capacity width num_slots dim"
 )
 INTEGERS += " per_frame delay num_steps first_head eos"
-INDICES = "place first ids prompt_frames min_frames num_frames step starts known drawn firsts"
-INDICES += " classes num_done"
+LONG = "place ids prompt_frames min_frames num_frames step known drawn firsts classes"
 FLOATS = "sums out_sums cos sin lse parts table frequencies positions uniform"
 TYPES = (
     dict.fromkeys(INTEGERS.split(), "i32")
-    | dict.fromkeys(INDICES.split(), "*i64")
+    | dict.fromkeys(LONG.split(), "*i64")
+    | dict.fromkeys(["first", "starts", "num_done"], "*i32")
     | dict.fromkeys(FLOATS.split(), "*fp32")
     | dict.fromkeys(["eps", "scale", "temperature", "top_k", "top_p", "min_p"], "fp32")
 )
 FILTERS = {"GREEDY": False, "TOP_K": True, "TOP_P": True, "MIN_P": True}
 COMPILED = {  # kernel -> its constants
-    "_product": {"NORM": True, "GATED": True, "ADD": True, "B": 64, "N": 32, "K": 128}
-    | {"SUMS": 64, "LINE": 64, "LINES": 16},
     "_attend": {"NORM": True, "PARTS": 16, "M": 16, "N": 64, "HALF": 64, "LINE": 64},
     "_begin": {"C": 1024, "HALF": 64},
     "_draw": {**FILTERS, "EMPTY": -2, "IGNORE": -1, "PAD": 0, "C": 2048},
 }
+SHARED = {86: 99, 90: 227, 120: 99}  # KB that a program may have, by compute capability
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize(("capability", "bits"), [(86, 32), (90, 16)])
-def test_kernels_compile_for_gpus_that_are_not_here(name, capability, bits):
-    """Down to machine code, in the shared memory that the smallest of them has."""
+def check_compiled(name, constants, capability, bits, num_warps, num_stages):
+    """Down to machine code, with what a launch knows of its arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -67,20 +63,58 @@ def test_kernels_compile_for_gpus_that_are_not_here(name, capability, bits):
 
     kernel = getattr(decode_triton, name, None) or getattr(draw_triton, name)
     ahead = capability >= 90
-    constants = COMPILED[name] | {"AHEAD": ahead}
-    options = {"num_warps": 4, "num_stages": 4 if ahead and name != "_attend" else 2}
-    if bits == 32:
-        constants |= {key: constants[key] // 2 for key in ("K",) if key in constants}
-        constants |= {"N": 32} if name == "_attend" else {}
-    signature = {
-        key: TYPES.get(key, f"*{'bf16' if bits == 16 else 'fp32'}") for key in kernel.arg_names
-    }
+    constants = constants | {"AHEAD": ahead}
+    weights = f"*{'bf16' if bits == 16 else 'fp32'}"
+    signature = {key: TYPES.get(key, weights) for key in kernel.arg_names}
+    even = [
+        key in ("num_inputs", "num_outputs", "half", "capacity") or kind[0] == "*"
+        for key, kind in signature.items()
+    ]
+    hints = {(n,): [["tt.divisibility", 16]] for n, is_even in enumerate(even) if is_even}
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    target = GPUTarget("cuda", capability, 32)
+    made = triton.compile(ASTSource(kernel, signature, constants, hints), target, options)
     assert made.asm["cubin"]
-    assert made.metadata.shared < (227 if ahead else 99) * 1024
+    assert made.metadata.shared < SHARED[capability] * 1024
     assert ("griddepcontrol" in made.asm["ptx"]) == ahead
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("capability", "bits"), [(86, 32), (90, 16), (120, 16)])
+def test_kernels_compile_for_gpus_that_are_not_here(name, capability, bits):
+    constants = COMPILED[name]
+    if bits == 32 and name == "_attend":
+        constants = constants | {"N": 32}
+    check_compiled(name, constants, capability, bits, num_warps=4, num_stages=2)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize(("capability", "bits"), [(86, 32), (90, 16), (120, 16)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("B", [1, 16, 64, 129])
+def test_every_tile_fits_gpus_that_are_not_here(B, gated, capability, bits):
+    from model.decode_triton import tile_of
+
+    rows, outputs, inputs, warps, stages = tile_of(B, 2752, bits // 8, gated, capability == 90)
+    constants = {"NORM": gated, "GATED": gated, "ADD": not gated, "SUMS": 64}
+    constants |= {"B": rows, "N": outputs, "K": inputs, "LINE": 1024 // bits, "LINES": 64}
+    check_compiled("_product", constants, capability, bits, warps, stages)
+
+
+def test_one_clips_tile_holds_no_more_of_a_larger_model():
+    """Of the weights, in bytes a thread: registers hold 1,020."""
+    from model.decode_triton import tile_of
+
+    for num_inputs in (300, 1024, 2752, 5504, 8192, 11008):
+        for size in (2, 4):
+            for gated in (False, True):
+                rows, outputs, inputs, warps, _ = tile_of(1, num_inputs, size, gated, True)
+                held = outputs * inputs * size * (2 if gated else 1) / (32 * warps)
+                assert rows == 1 <= outputs
+                assert inputs >= num_inputs
+                assert held <= 256
 
 
 @needs_gpu

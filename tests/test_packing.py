@@ -1,5 +1,7 @@
 """Clips one after another in a row: the numbers of a padded batch, without its padding."""
 
+import os
+
 import pytest
 import torch
 from runs import config, log_lines, losses
@@ -7,7 +9,7 @@ from tokens import CODEBOOK_SIZE, NUM_CODEBOOKS, NUM_SEMANTIC
 
 from configs.schema import ModelConfig
 from model.attend import Attend, Segments
-from model.backends import AttentionChoice, choose_packing
+from model.backends import AttentionChoice, choose_packing, let_segments_grow
 from model.stages import STAGES, Stage, stage_spec
 from train import train
 
@@ -115,3 +117,19 @@ def test_a_packed_run_learns_what_a_padded_one_does(tokens, tmp_path):
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), abs=tolerance)
     (line,) = log_lines(tmp_path / "True", "start")
     assert line["packed"] == "yes (as configured)"
+
+
+def test_memory_that_grows_is_what_the_user_did_not_forbid(monkeypatch):
+    ours, theirs = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in (ours, theirs):
+        monkeypatch.delenv(name, raising=False)
+    let_segments_grow()
+    assert os.environ[ours] == "expandable_segments:True"
+    monkeypatch.setenv(ours, "max_split_size_mb:64")
+    let_segments_grow()
+    assert os.environ[ours] == "max_split_size_mb:64"
+    monkeypatch.delenv(ours)
+    monkeypatch.setenv(theirs, "max_split_size_mb:64")
+    let_segments_grow()
+    assert ours not in os.environ
