@@ -63,6 +63,7 @@ from scripts.run_log import (
     start_line,
     write_samples,
 )
+from scripts.trackers import tracking
 
 EXAMPLES = """\
   python train.py --config configs/semantic_small.yaml data.tokens=tokens/mine out=runs/a
@@ -74,7 +75,7 @@ EXAMPLES = """\
 # What may differ at a resume: nothing that changes what is computed, but the number of steps (and,
 # with another kernel or other micro-batches, the rounding)
 CHANGEABLE = re.compile(
-    r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*"
+    r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*|tensorboard"
     r"|train\.(steps|num_micro_batches|kernels|num_kept|num_samples|sample_seconds|.*_every)"
 )
 
@@ -345,14 +346,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = {"auto": bf16, "bf16": True, "fp32": False}[config.train.precision]
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[ddp],
         fsdp_plugin=shard_policy(wanted) if sharded else None,
         cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
         mixed_precision="bf16" if wanted else "no",
-        log_with=None if config.wandb.mode == "disabled" else "wandb",
+        **tracking(config),
     )
 
 

@@ -129,3 +129,4 @@ class CodecTrainConfig:
     optim: CodecOptimConfig = field(default_factory=CodecOptimConfig)
     train: CodecRunConfig = field(default_factory=CodecRunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # in out/tensorboard, for `tensorboard --logdir`

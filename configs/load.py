@@ -49,7 +49,7 @@ def check_same_config(saved: Path, config: object, changeable: re.Pattern) -> No
     if not saved.is_file():
         return
     try:
-        before, now = _flat(asdict(load_config(type(config), saved))), _flat(asdict(config))
+        before, now = flat(asdict(load_config(type(config), saved))), flat(asdict(config))
     except ValueError as error:
         raise ValueError(
             f"{error}; the run was begun with another version of the code: resume it with that "
@@ -67,12 +67,12 @@ def check_same_config(saved: Path, config: object, changeable: re.Pattern) -> No
         )
 
 
-def _flat(node: dict, prefix: str = "") -> dict:
+def flat(node: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     pairs = {}
     for key, value in node.items():
         nested = isinstance(value, dict)
-        pairs |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        pairs |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return pairs
 
 

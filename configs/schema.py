@@ -120,3 +120,4 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # in out/tensorboard, for `tensorboard --logdir`

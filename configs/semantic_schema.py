@@ -113,3 +113,4 @@ class SemanticTrainConfig:
     optim: SemanticOptimConfig = field(default_factory=SemanticOptimConfig)
     train: SemanticRunConfig = field(default_factory=SemanticRunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # in out/tensorboard, for `tensorboard --logdir`

@@ -31,28 +31,43 @@ def preview_codec(expected: dict, device: torch.device) -> Codec:
     return codec
 
 
-def preview(stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None) -> list[Preview]:
-    """Sample a clip as long as each (semantic [T_s], codes [K,T]) of `clips`, at seeds 0, 1, ...
+def preview(
+    stage: Stage, clips: list[tuple[Tensor, Tensor]], codec: Codec | None
+) -> list[dict[str, Preview]]:
+    """Of each clip (semantic [T_s], codes [K,T]), at seeds 0, 1, ...: `made`, as long as it, from
+    its condition alone; `continued`, after its own first half; `real`, its own codes.
 
-    The stage reads the clip's own condition; the fine stage's coarse codes are the clip's too, the
-    coarse stage's output is decoded alone, with the codebooks it has.
+    The fine stage's coarse codes are the clip's too, the coarse stage's output is decoded alone,
+    with the codebooks it has. A clip's own semantic tokens are not repeated: nothing here turns
+    them into sound.
     """
-    streams = [stage.spec.streams(*clip) for clip in clips]
-    empty = torch.empty(stage.layout.num_codebooks, 0, dtype=torch.long)
+    streams = [stage.spec.streams(*clip) for clip in clips] * 2
+    targets, N = [target for _, target in streams], len(clips)
+    prompts = [t[:, :0] if n < N else t[:, : t.shape[1] // 2] for n, t in enumerate(targets)]
     tokens = generate(
         stage,
         [condition for condition, _ in streams],
-        [empty] * len(clips),
-        [target.shape[1] for _, target in streams],
-        list(range(len(clips))),
+        prompts,
+        [target.shape[1] for target in targets],
+        [*range(N)] * 2,
         Sampling(temperature=0.9, top_k=100),
     )
+    versions = {"made": tokens[:N], "continued": tokens[N:]}
     if stage.spec.name == "semantic" or codec is None:
-        return [Preview(t, None) for t in tokens]
-    previews, device = [], stage.embed.weight.device
-    for t, (_, codes) in zip(tokens, clips, strict=True):
-        if stage.spec.name == "fine":
-            t = torch.cat([codes[: stage.spec.codebooks[0], : t.shape[1]], t])
-        wav = codec.decode(t[None].to(device))[0]  # [1,K,T] -> [1,L]
-        previews.append(Preview(t, wav))
-    return previews
+        versions = {name: [Preview(t, None) for t in made] for name, made in versions.items()}
+    else:
+        versions["real"] = targets[:N]
+        versions = {
+            name: [_heard(stage, codec, *pair) for pair in zip(made, clips, strict=True)]
+            for name, made in versions.items()
+        }
+    return [{name: made[n] for name, made in versions.items()} for n in range(N)]
+
+
+def _heard(stage: Stage, codec: Codec, tokens: Tensor, clip: tuple[Tensor, Tensor]) -> Preview:
+    """The stage's own codebooks [K_s,T], of the fine stage with the clip's coarse ones."""
+    if stage.spec.name == "fine":
+        coarse = clip[1][: stage.spec.codebooks[0], : tokens.shape[1]]
+        tokens = torch.cat([coarse, tokens])
+    wav = codec.decode(tokens[None].to(stage.embed.weight.device))[0]  # [1,K,T] -> [1,L]
+    return Preview(tokens, wav)

@@ -18,10 +18,13 @@ LEFT, RIGHT, TOP, BOTTOM = 26, 350, 8, 198  # of the plot inside a 360 x 220 dra
 PICTURE_SECONDS = 4
 
 
-def spectrogram_png(
-    wav: Tensor, sample_rate: int, num_mels: int = 96, frame_rate: int = 125
-) -> bytes:
-    """wav [1, L] -> greyscale PNG, `num_mels` high: dark = loud, 70 dB deep, mel scale."""
+def spectrogram_png(wav: Tensor, sample_rate: int) -> bytes:
+    """wav [1, L] -> greyscale PNG of its `spectrogram`."""
+    return grey_png(spectrogram(wav, sample_rate))
+
+
+def spectrogram(wav: Tensor, sample_rate: int, num_mels: int = 96, frame_rate: int = 125) -> Tensor:
+    """wav [1, L] -> pixels uint8 [num_mels, W]: dark = loud, 70 dB deep, mel scale."""
     n_fft = 2 * (sample_rate // 60)  # 33 ms
     wav = F.pad(wav[0], (0, max(0, n_fft - wav.shape[-1])))
     mel = torchaudio.transforms.MelSpectrogram(
@@ -29,7 +32,7 @@ def spectrogram_png(
     )
     decibels = 10 * torch.log10(mel(wav) + 1e-10)  # [num_mels, T]
     loudness = ((decibels - decibels.max()) / 70 + 1).clamp(0, 1)
-    return grey_png((255 * (1 - loudness)).round().to(torch.uint8).flip(0))  # low pitch below
+    return (255 * (1 - loudness)).round().to(torch.uint8).flip(0)  # low pitch below
 
 
 def grey_png(pixels: Tensor) -> bytes:

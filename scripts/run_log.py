@@ -1,4 +1,4 @@
-"""What a run says of itself: log.jsonl, one progress line in a terminal, wandb where asked for."""
+"""What a run says of itself: log.jsonl, a line in the terminal, its trackers where asked for."""
 
 import json
 import math
@@ -27,7 +27,9 @@ from model.optim import evaluating
 from model.preview import preview
 from model.sharding import copy_into, is_sharded, whole, whole_tensors
 from model.stages import Stage
+from scripts.trackers import start_trackers, track_clips
 
+BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # a comma comes with {postfix}
 PEAK_FLOPS = {  # dense bf16, from the vendors' datasheets
     "H100": 989e12,
     "H200": 989e12,
@@ -122,8 +124,8 @@ class Meter:
 
 
 class RunLog:
-    """Appends to log.jsonl, moves the progress line, forwards numbers to wandb. Silent but on the
-    main process."""
+    """Appends to log.jsonl, moves the progress line, forwards numbers to the trackers. Silent but
+    on the main process."""
 
     def __init__(
         self, config: RunConfig | CodecTrainConfig, accelerator: Accelerator, first_step: int
@@ -133,26 +135,33 @@ class RunLog:
             total=config.train.steps,
             initial=first_step,
             desc=self.path.parent.name,
-            unit="step",
+            bar_format=BAR,
             disable=None if accelerator.is_main_process else True,  # None: where no one watches
         )
-        if config.wandb.mode != "disabled":
-            options = {"wandb": {"mode": config.wandb.mode, "dir": config.out}}
-            accelerator.init_trackers(config.wandb.project, asdict(config), options)
+        start_trackers(accelerator, config)
 
     def write(self, kind: str, **values: Any) -> None:
-        """One line of log.jsonl; numbers of "train" and "valid" lines go to wandb as well."""
+        """One line of log.jsonl; numbers of "train" and "valid" lines go to the trackers too."""
         if not self.accelerator.is_main_process:
             return
         line = json.dumps({"kind": kind, **values, "time": time.time()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         if kind in ("train", "valid"):
+            lists = {k: v for k, v in values.items() if isinstance(v, list)}
+            values |= {f"{k}/{n}": x for k, v in lists.items() for n, x in enumerate(v)}
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             self.accelerator.log(numbers, step=values["step"])
 
     def advance(self) -> None:
         self.bar.update()
+
+    def show(self, step: int, text: str) -> None:
+        """What changes with every step: in the progress line, or where there is none as a line."""
+        if self.bar.disable:
+            self.say(f"step {step:>6}  {text}")
+        else:
+            self.bar.set_postfix_str(text)
 
     def say(self, text: str) -> None:
         """A line in the terminal, above the progress line."""
@@ -257,9 +266,10 @@ def log_train(
     shown = f"mfu {mfu:.1%}" if mfu is not None else f"grad {norm:.2f}"
     if facts["num_skipped"]:
         shown += f"  skipped {facts['num_skipped']:.0f}"
-    log.say(
-        f"step {run.step:>6}  loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
-        f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}"
+    log.show(
+        run.step,
+        f"loss {values['loss']:.4f}  {values['bits_per_second']:.0f} bits/s  "
+        f"{speed:,.0f} tokens/s  {shown}  data-wait {wait:.1%}",
     )
 
 
@@ -279,7 +289,7 @@ def log_valid(run: Any, log: RunLog, values: dict) -> bool:
 
 
 def write_samples(run: Any) -> None:
-    """Samples of fixed validation clips at fixed seeds: wav files, or semantic tokens.
+    """Samples of fixed validation clips at fixed seeds: wavs, and their tokens; see `preview`.
 
     Every process calls it; the main one samples, with the whole model where that is sharded.
     """
@@ -300,12 +310,17 @@ def write_samples(run: Any) -> None:
     eager = torch.compiler.set_stance("force_eager")  # each step of a cache is another shape
     with evaluating(stage), averaged, run.process.autocast(), eager:
         previews = preview(stage, tokens, run.codec)
-    for n, (clip, made) in enumerate(zip(clips, previews, strict=True)):
-        stem = f"{n}-{Path(clip.name).stem}"
-        with atomic_write(folder / f"{stem}.json") as file:
-            json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
-        if made.wav is not None:
-            save_audio(folder / f"{stem}.wav", made.wav, run.codec.sample_rate)
+    heard = {}
+    for n, (clip, versions) in enumerate(zip(clips, previews, strict=True)):
+        for version, made in versions.items():
+            path = folder / f"{n}-{Path(clip.name).stem}.{version}.json"
+            with atomic_write(path) as file:
+                json.dump({"clip": clip.name, "tokens": made.tokens.tolist()}, file)
+            if made.wav is not None:
+                save_audio(path.with_suffix(".wav"), made.wav, run.codec.sample_rate)
+                heard[f"{n} {version}"] = made.wav.float()
+    if heard:
+        track_clips(run.process, run.step, heard, run.codec.sample_rate)
 
 
 def clip_tokens(run: Any, clip: Clip, seconds: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,10 +27,11 @@ from model.checkpoint import (
 )
 from scripts.cli import end_with_launcher, make_parser
 from scripts.run_log import RunLog, environment
+from scripts.trackers import tracking
 
 # What may differ at a resume; the rest makes it another run
 CHANGEABLE = re.compile(
-    r"out|labels|data\.audio|optim\..*|wandb\..*|train\.(?!batch_size|seed|start_from).*"
+    r"out|labels|data\.audio|optim\..*|wandb\..*|tensorboard|train\.(?!batch_size|seed|start_from).*"
 )
 
 
@@ -52,7 +53,7 @@ class TokenizerTrainer:
             cpu=not torch.accelerator.is_available(),  # else several CPU processes stay strangers
             mixed_precision=precision,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-            log_with=None if config.wandb.mode == "disabled" else "wandb",
+            **tracking(config),
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         one = self.accelerator.num_processes == 1

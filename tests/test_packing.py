@@ -123,7 +123,8 @@ def test_memory_that_grows_is_what_the_user_did_not_forbid(monkeypatch):
     ours, theirs = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
     monkeypatch.setattr("sys.platform", "linux")
     for name in (ours, theirs):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
     let_segments_grow()
     assert os.environ[ours] == "expandable_segments:True"
     monkeypatch.setenv(ours, "max_split_size_mb:64")

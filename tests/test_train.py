@@ -288,11 +288,6 @@ def test_ema_averages_and_gives_the_weights_back():
 def test_samples_are_written_during_training(tokens, tmp_path):
     train(config(tokens, tmp_path / "run", "train.sample_every=6", stage="semantic"))
     files = sorted(path.name for path in (tmp_path / "run/samples/step-00000012").iterdir())
-    assert len(files) == 2
-    made = json.loads((tmp_path / "run/samples/step-00000012" / files[0]).read_text())
+    assert [name.split(".")[1] for name in files] == ["continued", "made"] * 2
+    made = json.loads((tmp_path / "run/samples/step-00000012" / files[1]).read_text())
     assert len(made["tokens"][0]) > 0
-
-
-def test_wandb_offline_leaves_a_run_on_disk(tokens, tmp_path):
-    train(config(tokens, tmp_path / "run", "wandb.mode=offline", "train.steps=4"))
-    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))

@@ -11,13 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from runs import assert_same_run, config, log_lines, losses, train_until, weights
-from tokens import CODEC, SEMANTIC, write_tokens
+from tokens import SEMANTIC, write_tokens
 
-from configs.codec_schema import CodecConfig
 from data.audio import read_audio
 from data.shards import TokenFolder
 from model.checkpoint import find_checkpoint, load_stage, read_state
-from model.codec import Codec, load_codec
 from model.layouts import PAD
 from train import Training, make_accelerator, train
 
@@ -152,7 +150,7 @@ def test_rates_that_differ_are_learnt(tmp_path):
     assert last["bits_per_second"] < 0.75 * first["unigram"]["bits_per_second"]
     assert first["uniform"]["bits_per_second"] == pytest.approx(100 / 3 * log2(12))
     clips = TokenFolder(tokens).clips("valid")[:2]
-    made = [json.loads(file.read_text()) for file in sorted(out.glob("samples/*/*.json"))]
+    made = [json.loads(file.read_text()) for file in sorted(out.glob("samples/*/*.made.json"))]
     assert [preview["clip"] for preview in made] == [clip.name for clip in clips]
     most = [min(clip.num_semantic, round(0.4 * 100 / 3)) for clip in clips]
     assert all(0 < len(x["tokens"][0]) <= n for x, n in zip(made, most, strict=True))
@@ -179,27 +177,13 @@ def test_repeats_are_dropped_and_nothing_else(tokens, tmp_path):
         assert all(a != b for a, b in pairwise(made))
 
 
-@pytest.fixture(scope="module")
-def decodable(tmp_path_factory):
-    """Tokens of a codec that is there, 50 frames of 320 samples a second."""
-    folder = tmp_path_factory.mktemp("decodable")
-    torch.manual_seed(0)
-    small = {"encoder_filters": 2, "decoder_filters": 2, "num_lstm": 0, "dimension": 8}
-    codec = Codec(CodecConfig(num_codebooks=4, codebook_size=16, **small))
-    for layer in codec.quantizer.vq.layers:
-        layer._codebook.embed.normal_()
-    codec.save(folder / "codec")
-    codec = load_codec(str(folder / "codec"))
-    facts = {"name": str(folder / "codec"), "fingerprint": codec.fingerprint}
-    return write_tokens(folder, codec={**CODEC, **facts})
-
-
 @pytest.mark.parametrize(
     ("stage", "num_codebooks", "kind"),
     [("coarse", 2, "fp32"), ("fine", 4, "bf16"), ("acoustic", 4, "fp32")],
 )
 def test_previews_are_heard(stage, num_codebooks, kind, decodable, tmp_path, forget_precision):
-    """Two wavs every 6 steps, each what its JSON decodes to, none longer than its clip."""
+    """Of two clips three wavs every 6 steps, each what its JSON decodes to, none longer than its
+    clip: made from its condition, continued after its first half, its own codes."""
     changes = ("train.sample_every=6", "train.sample_seconds=0.3", f"train.precision={kind}")
     run = train(config(decodable, tmp_path / "run", *changes, stage=stage))
     assert sorted(f.name for f in (tmp_path / "run/samples").iterdir()) == [
@@ -208,7 +192,8 @@ def test_previews_are_heard(stage, num_codebooks, kind, decodable, tmp_path, for
     ]
     clips = {clip.name: clip for clip in run.folder.clips("valid")[:2]}
     wavs = sorted((tmp_path / "run/samples").glob("*/*.wav"))
-    assert len(wavs) == 4
+    assert len(wavs) == 2 * 2 * 3
+    first, last = (0, 2) if stage == "coarse" else (2, 4) if stage == "fine" else (0, 4)
     for path in wavs:
         made = json.loads(path.with_suffix(".json").read_text())
         tokens = torch.tensor(made["tokens"])
@@ -218,8 +203,11 @@ def test_previews_are_heard(stage, num_codebooks, kind, decodable, tmp_path, for
         assert wav.shape == (1, 320 * tokens.shape[1])
         assert tokens.shape[0] == num_codebooks
         assert 0 < tokens.shape[1] <= min(15, clip.num_frames)
+        own = torch.tensor(run.folder.read(clip)[1].astype(int))[:, :15]
         if stage == "fine":  # its coarse codes are those of the clip
-            own = torch.tensor(run.folder.read(clip)[1][:2].astype(int))
-            assert torch.equal(tokens[:2], own[:, : tokens.shape[1]])
+            assert torch.equal(tokens[:2], own[:2, : tokens.shape[1]])
+        version = path.suffixes[-2][1:]
+        given = {"made": 0, "continued": own.shape[1] // 2, "real": own.shape[1]}[version]
+        assert torch.equal(tokens[first - last :, :given], own[first:last, :given])
         heard = run.codec.decode(tokens[None].to(run.process.device))[0].clamp(-1, 1)
         torch.testing.assert_close(wav, heard.cpu(), atol=1e-4, rtol=0)
