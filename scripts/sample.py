@@ -10,6 +10,7 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,6 +205,27 @@ def make_wavs(
     return [torch.cat(clip, dim=1) for clip in zip(*parts, strict=True)], complete
 
 
+def describe(
+    arguments: Namespace, models: Models, request: Request, samplings: dict[str, Sampling]
+) -> dict[str, Any]:
+    """What it takes to make the same clips again."""
+    source, device = arguments.prompt or arguments.resynthesize, models.device
+    return {
+        "mode": "continuation" if arguments.prompt else "resynthesis" if source else "unprompted",
+        "seeds": request.seeds,
+        "prompt": None,
+        "original": None,
+        "reconstruction": None,
+        "max_seconds": None if arguments.resynthesize else arguments.seconds,
+        "precision": dtype_name(models.stages),
+        "decoding": choose_decoding(arguments.decoding, device)[0],
+        "sampling": {name: asdict(samplings[name]) for name in models.stages},
+        "checkpoints": {name: state["path"] for name, state in models.states.items()},
+        "tokenizers": models.any_state["tokenizers"],
+        **environment(device),
+    }
+
+
 def write_clips(
     arguments: Namespace, models: Models, prompt: Prompt | None, wavs: list[Tensor], record: dict
 ) -> list[Path]:
@@ -250,23 +272,9 @@ def sample(arguments: Namespace) -> list[Path]:
         if arguments.stream:
             stream = WavStream(sys.__stdout__.buffer, models.codec.sample_rate)
         wavs, complete = make_wavs(models, request, samplings, stream)
-        source = arguments.prompt or arguments.resynthesize
-        mode = "continuation" if arguments.prompt else "resynthesis" if source else "unprompted"
-        record = {
-            "mode": mode,
-            "seeds": request.seeds,
+        record = describe(arguments, models, request, samplings) | {
             "complete": complete,
-            "prompt": None,
-            "original": None,
-            "reconstruction": None,
-            "max_seconds": None if arguments.resynthesize else arguments.seconds,
-            "precision": dtype_name(models.stages),
-            "decoding": choose_decoding(arguments.decoding, device)[0],
-            "sampling": {name: asdict(samplings[name]) for name in models.stages},
-            "checkpoints": {name: state["path"] for name, state in models.states.items()},
-            "tokenizers": models.any_state["tokenizers"],
             "command": shlex.join(["python", "-m", "scripts.sample", *sys.argv[1:]]),
-            **environment(device),
         }
         files = write_clips(arguments, models, prompt, wavs, record)
         for path, seconds in zip(files, record["seconds"], strict=True):

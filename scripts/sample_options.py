@@ -61,6 +61,11 @@ def add_model_options(parser: ArgumentParser, stages: Iterable[str]) -> None:
         parser.add_argument(flag, nargs="+", metavar="X", help=what)
     parser.add_argument("--codec", help="codec folder, where it is no longer where it was")
     parser.add_argument("--semantic-tokenizer", metavar="DIR", help="likewise")
+    add_device_options(parser)
+
+
+def add_device_options(parser: ArgumentParser) -> None:
+    """Where and how to compute."""
     parser.add_argument("--attention", default="auto", help="attention backend (auto)")
     parser.add_argument(
         "--decoding",

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from model.codec import load_codec
 from model.stages import STAGES
 from scripts import (
     bench,
+    demo,
     evaluate,
     fit_kmeans,
     prepare,
@@ -160,7 +162,7 @@ def sources_imported_by(source: str) -> str:
     return "".join((ROOT / "scripts" / f"{name}.py").read_text() for name in names)
 
 
-MODULES = [bench, prepare, fit_kmeans, train_codec, train_semantic, evaluate, sample_options]
+MODULES = [bench, demo, prepare, fit_kmeans, train_codec, train_semantic, evaluate, sample_options]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -192,3 +194,31 @@ def test_examples_of_train_load():
         words = shlex.split(command)
         recipe = words[words.index("--config") + 1]
         load_config(RunConfig, ROOT / recipe, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/TROUBLESHOOTING.md"])
+def test_commands_and_links_of_a_page_are_real(page):
+    """Commands between backticks and in indented or fenced lines: module, flags, keys, recipes."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python -m scripts\.(\w+)([^`\n|]*)", text)
+    assert len(commands) > 5
+    for name, rest in commands:
+        file = ROOT / "scripts" / f"{name}.py"
+        if name == "NAME":
+            continue
+        source = file.read_text(encoding="utf-8")
+        for _ in range(3):  # options that several commands share
+            source += sources_imported_by(source)
+        for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
+            assert f'"{flag}"' in source or flag[2:] in STAGES, f"{name} {flag}"
+    for recipe in re.findall(r"configs/[\w/]+\.yaml", text):
+        assert (ROOT / recipe).is_file(), recipe
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert ((ROOT / page).parent / link).exists(), link
+    keys = re.findall(
+        r"(?<![\w.])((?:model|optim|data|train|attention|wandb)\.\w+)=(\S+?)[`\s'\"]", text
+    )
+    for key, _ in keys:
+        section, name = key.split(".")
+        schema = {field.name: field.type for field in fields(RunConfig)}
+        assert name in {field.name for field in fields(schema[section])}, f"{section}.{name}"
