@@ -134,6 +134,7 @@ class Studio:
         self.sounds[name] = sound = Sound()
         for old in list(self.sounds)[:-NUM_KEPT]:
             del self.sounds[old]
+            shutil.rmtree(self.folder / old, ignore_errors=True)
         threading.Thread(target=self._make, args=(arguments, samplings, sound), daemon=True).start()
         return name
 
@@ -188,12 +189,14 @@ class Studio:
         wav, elapsed = torch.cat(parts, dim=1), time.perf_counter() - began
         record = describe(arguments, models, request, samplings) | {"complete": True}
         write_clips(arguments, models, prompt, [wav], record)
-        out, seconds = Path(arguments.out), wav.shape[1] / models.codec.sample_rate
+        out = Path(arguments.out)
+        made = wav.shape[1] / models.codec.sample_rate
+        made -= request.codes[0].shape[1] / models.codec.frame_rate  # what was given
         return {
             "wav": str(out),
             "settings": str(out.with_suffix(".json")),
             "spectrogram": save_spectrogram(out.with_suffix(".png"), wav, models),
-            "said": f"{seconds:.1f} s, {seconds / elapsed:.1f} x real time",
+            "said": f"{made:.1f} s made, {made / elapsed:.1f} x real time",
         }
 
 
@@ -222,6 +225,7 @@ def find_choices(runs: list[str]) -> dict[str, list[str]]:
 def build(studio: Studio) -> Any:
     """The page, as a FastAPI application with its sounds under /sound/NAME."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder)  # uploads go when the page does
     import gradio
     from fastapi import FastAPI
     from fastapi.responses import Response, StreamingResponse
@@ -261,9 +265,8 @@ def page(studio: Studio, gradio: Any) -> Any:
                     label="prompt", type="filepath", sources=["microphone", "upload"],
                     max_length=parsed.max_prompt_seconds,
                 )  # fmt: skip
-                seconds = gradio.Slider(
-                    0.5, parsed.max_seconds, min(5, parsed.max_seconds), label="seconds"
-                )
+                most = parsed.max_seconds
+                seconds = gradio.Slider(0.5, most, min(5, most), step=0.1, label="seconds")
                 seed = gradio.Number(0, label="seed", precision=0)
                 with gradio.Accordion("sampling", open=False):
                     temperatures = {

@@ -81,6 +81,15 @@ def test_a_sound_is_streamed_and_kept_with_its_settings(studio, world):
     assert b"".join(studio.sounds[again]) == streamed
 
 
+def test_old_sounds_are_forgotten(studio, world, monkeypatch):
+    monkeypatch.setattr("scripts.demo.NUM_KEPT", 1)
+    for _ in range(2):
+        name = studio.begin(**wanted(world, seconds=0.1))
+        b"".join(studio.sounds[name])
+    assert [*studio.sounds] == [name]
+    assert [path.name for path in studio.folder.iterdir()] == [name]
+
+
 def test_a_prompt_is_continued(studio, world, tmp_path):
     prompt = str(save_wav(tmp_path / "p.wav", 0.5))
     name = studio.begin(**wanted(world, prompt=prompt, seconds=0.3))
