@@ -22,6 +22,7 @@ from scripts import (
     bench,
     demo,
     evaluate,
+    fetch_librispeech,
     fit_kmeans,
     prepare,
     sample_options,
@@ -34,6 +35,7 @@ from train import EXAMPLES, train
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 STAGE_RECIPES = [path for path in RECIPES if not path.name.startswith(("codec", "hubert"))]
+LARGE = ("coarse_270m", "coarse_1b", "librispeech")
 CODEC_RECIPES = [path for path in RECIPES if path.name.startswith("codec")]
 
 
@@ -55,7 +57,7 @@ def test_every_stage_recipe_runs_a_step(recipe, tokens, tmp_path):
         "train.batch_size=1",
         "train.kernels=plain",
         # of their gigabytes of checkpoints a few megabytes
-        *["model.num_layers=2", "model.dim=256"] * (recipe.stem in ("coarse_270m", "coarse_1b")),
+        *["model.num_layers=2", "model.dim=256"] * recipe.stem.startswith(LARGE),
     ]
     run = train(load_config(RunConfig, recipe, overrides))
     assert run.step == 1
@@ -162,7 +164,17 @@ def sources_imported_by(source: str) -> str:
     return "".join((ROOT / "scripts" / f"{name}.py").read_text() for name in names)
 
 
-MODULES = [bench, demo, prepare, fit_kmeans, train_codec, train_semantic, evaluate, sample_options]
+MODULES = [
+    bench,
+    demo,
+    fetch_librispeech,
+    prepare,
+    fit_kmeans,
+    train_codec,
+    train_semantic,
+    evaluate,
+    sample_options,
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
