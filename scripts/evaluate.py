@@ -1,9 +1,10 @@
 """Measure what has been trained: `lm` says what a language model knows, `pairs` what it prefers,
-`codec` reconstructs clips, `semantic` compares tokenizers, `resynthesis` says semantic tokens anew.
-Each is in a file of its name."""
+`generation` how what is made compares with what is real; `codec` reconstructs clips, `semantic`
+compares tokenizers, `resynthesis` says semantic tokens anew. Each is in a file of its name."""
 
 from scripts.cli import make_parser, run_cli
 from scripts.evaluate_codec import add_codec_options
+from scripts.evaluate_generation import add_generation_options
 from scripts.evaluate_lm import add_lm_options
 from scripts.evaluate_pairs import add_pairs_options
 from scripts.evaluate_resynthesis import add_resynthesis_options
@@ -14,6 +15,8 @@ EXAMPLES = """\
   python -m scripts.evaluate lm runs/coarse --plot runs/coarse.svg --out runs/coarse.json
   python -m scripts.evaluate pairs runs/semantic
   python -m scripts.evaluate pairs runs/semantic zerospeech/lexical/dev/gold.csv
+  python -m scripts.evaluate generation --semantic runs/a --coarse runs/b --fine runs/c \\
+      --audio DIR --limit 40 --wavs runs/heard --out runs/generation.json
   python -m scripts.evaluate codec --codec pretrained/codec_16khz --audio DIR --limit 20
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
       --audio ../shared/corpus/manifest.jsonl --split test --out runs/codec_test.json
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_lm_options(commands.add_parser("lm", help=knows))
     prefers = "which of two a language model finds likelier: order, context, speaker; sWUGGY etc."
     add_pairs_options(commands.add_parser("pairs", help=prefers))
+    sets = "clips made, as sets beside real ones: Frechet distance, voice, diversity, copies"
+    add_generation_options(commands.add_parser("generation", help=sets))
     reconstruction = (
         "reconstruction by a codec: PESQ, STOI, SI-SDR, mel distance, speaker, WER, speed"
     )
