@@ -20,7 +20,7 @@ from model.codec import (
     check_codes,
 )
 
-TOGETHER = 16  # clips that are decoded at a time, lest a large batch takes too much memory
+TOGETHER = 16  # clips that a GPU decodes at a time, lest a large batch takes too much memory
 
 
 class CodecStream:
@@ -113,18 +113,21 @@ class CodecStream:
 
 
 class CodecStreams:
-    """Streams of clips that grow together, decoded as one batch while they grow alike.
+    """Streams of clips that grow together, decoded in batches while they grow alike. A CPU, which
+    would gain little, decodes them one by one: a batch may change the last bit of a sample.
 
     A clip that has fewer new frames than others leaves the batch with the samples of those it has;
     if it should go on (it seldom does: it has come to its end), then in a stream of its own, which
     decodes it from the beginning once.
     """
 
-    def __init__(self, codec: Codec, num_clips: int):
+    def __init__(self, codec: Codec, num_clips: int, together: int | None = None):
         self.codec, self.num_clips = codec, num_clips
+        if together is None:
+            together = TOGETHER if next(codec.parameters()).is_cuda else 1
         self.batches = [
-            (CodecStream(codec), list(range(n, min(n + TOGETHER, num_clips))))
-            for n in range(0, num_clips, TOGETHER)
+            (CodecStream(codec), list(range(n, min(n + together, num_clips))))
+            for n in range(0, num_clips, together)
         ]
         self.own: dict[int, CodecStream] = {}  # of clips that went on after they had left
         self.num_pushed = [0] * num_clips  # frames

@@ -92,7 +92,6 @@ GROWTH = [  # frames of five clips after each push
 
 @pytest.mark.parametrize("together", [1, 2, 16])
 def test_clips_together_sound_as_each_alone(together, monkeypatch):
-    monkeypatch.setattr("model.codec_stream.TOGETHER", together)
     codec, sizes = build(), []
     codes = [torch.randint(0, 16, (3, total)) for total in GROWTH[-1]]
     push, heard = CodecStream.push, [[] for _ in codes]
@@ -102,7 +101,7 @@ def test_clips_together_sound_as_each_alone(together, monkeypatch):
         return push(stream, chunk)
 
     monkeypatch.setattr(CodecStream, "push", noted)
-    streams = CodecStreams(codec, len(codes))
+    streams = CodecStreams(codec, len(codes), together)
     for totals in GROWTH:
         there = [clip[:, :n] for clip, n in zip(codes, totals, strict=True)]
         for parts, wav in zip(heard, streams.push(there), strict=True):

@@ -117,7 +117,7 @@ def test_samples_are_written_by_sharded_runs(tokens, tmp_path):
         {path.name: path.read_text() for path in tmp_path.glob(f"{name}/samples/*/*.json")}
         for name in ("sharded", "whole")
     )
-    assert len(ours) == 2
+    assert len(ours) == 4
     assert ours == theirs
 
 
