@@ -38,17 +38,19 @@ def baselines(
         seen, scored = pick(train, name) + 1.0, pick(valid, name)
         uniform.append(math.log(len(seen)))
         unigram.append(float(-(scored * np.log(seen / seen.sum())).sum() / scored.sum()))
-    rates = token_rates(folder, codebooks, collapse)
+    rates = token_rates(folder, codebooks, collapse, split)
     return {
         "uniform": Baseline(uniform, bits_per_second(uniform, rates)),
         "unigram": Baseline(unigram, bits_per_second(unigram, rates)),
     }
 
 
-def token_rates(folder: TokenFolder, codebooks: list[str], collapse: bool = False) -> list[float]:
-    """Tokens per second of audio of each codebook; without repeats, those of the valid split."""
+def token_rates(
+    folder: TokenFolder, codebooks: list[str], collapse: bool = False, split: str = "valid"
+) -> list[float]:
+    """Tokens per second of audio of each codebook; without repeats, those of `split`."""
     rates = {"semantic": float(folder.semantic["frame_rate"])}
     if collapse and "semantic" in codebooks:
-        kept = unigram_counts(folder, "valid", collapse)[0].sum()
-        rates["semantic"] *= float(kept) / sum(clip.num_semantic for clip in folder.clips("valid"))
+        kept = unigram_counts(folder, split, collapse)[0].sum()
+        rates["semantic"] *= float(kept) / sum(clip.num_semantic for clip in folder.clips(split))
     return [rates.get(name, float(folder.codec["frame_rate"])) for name in codebooks]

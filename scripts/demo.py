@@ -1,42 +1,23 @@
 """A page on this machine: give a voice, choose checkpoints, and hear the sound as it is made."""
 
 import os
-import shutil
 import signal
+import socket
 import sys
-import tempfile
-import threading
-import time
-import uuid
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from configs.files import atomic_write
-from data.audio import WavStream
-from model.checkpoint import find_checkpoint, list_checkpoints, read_state
-from model.pipeline import STREAM_SECONDS, Chunks, Models, decode_stream, generate_codes
 from model.stages import STAGES
-from scripts.cli import find_device, make_parser, run_cli
-from scripts.figures import spectrogram_png
-from scripts.sample import describe, load_models, make_request, write_clips
-from scripts.sample_options import (
-    DEFAULT_TEMPERATURES,
-    add_device_options,
-    check_request,
-    read_samplings,
-    sample_parser,
-)
+from scripts.cli import make_parser, run_cli
+from scripts.sample_options import DEFAULT_TEMPERATURES, add_device_options
+from scripts.studio import NONE, Studio, find_choices
 
 EXAMPLES = """\
   python -m scripts.demo demo/runs/semantic demo/runs/coarse demo/runs/fine
   python -m scripts.demo runs/semantic runs/acoustic --port 8000 --max-seconds 60"""
-NONE = "(none)"
+LOCAL = ("127.0.0.1", "localhost")
 # An <audio> element waits until it believes that it will not have to wait again. This plays what
 # comes as it comes, a wav of 16 bits and one channel, as `WavStream` sends it.
 HEAR = """\
@@ -77,149 +58,6 @@ FRAME = "border:1px solid;border-radius:6px;padding:2px 12px;margin-bottom:8px"
 STOP = f'<button onclick="window.hearing.close()" style="{FRAME}">stop playing</button>'
 # nothing of the page is fetched from anywhere else
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-NUM_KEPT = 8  # sounds that can still be fetched
-
-
-class Sound:
-    """A wav that grows: written by the thread that makes it, read by any number of listeners."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-        self.changed, self.done, self.seconds = threading.Condition(), False, 0.0
-        self.result: dict[str, Any] | Exception | None = None
-
-    def write(self, data: bytes) -> None:  # a file's methods, for `WavStream`
-        with self.changed:
-            self.parts.append(data)
-            self.changed.notify_all()
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self, result: dict[str, Any] | Exception) -> None:
-        with self.changed:
-            self.result, self.done = result, True
-            self.changed.notify_all()
-
-    def __iter__(self) -> Iterator[bytes]:
-        """From its beginning; waits for what is still to come."""
-        n = 0
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda n=n: self.done or len(self.parts) > n)
-                fresh, n = self.parts[n:], len(self.parts)
-            yield from fresh
-            if self.done and n == len(self.parts):
-                return
-
-
-class Studio:
-    """The runs that were given, the models that were used last, and the sounds being made."""
-
-    def __init__(self, parsed: Namespace):
-        self.parsed, self.sounds, self.lock = parsed, {}, threading.Lock()
-        self.choices = find_choices(parsed.runs)
-        self.folder = Path(tempfile.mkdtemp(prefix="mini-audiolm-"))
-        self.loaded: tuple[tuple, Models] | None = None
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def begin(self, **wanted: Any) -> str:
-        """Make a sound in a thread of its own. ValueError, before: what cannot be."""
-        name = uuid.uuid4().hex
-        arguments = self.arguments(name, **wanted)
-        check_request(arguments)
-        samplings = read_samplings(arguments)
-        self.sounds[name] = sound = Sound()
-        for old in list(self.sounds)[:-NUM_KEPT]:
-            del self.sounds[old]
-            shutil.rmtree(self.folder / old, ignore_errors=True)
-        threading.Thread(target=self._make, args=(arguments, samplings, sound), daemon=True).start()
-        return name
-
-    def arguments(self, name: str, **wanted: Any) -> Namespace:
-        """As scripts.sample would read them."""
-        out, words = self.folder / name / "out.wav", []
-        for stage in STAGES:
-            if wanted.get(stage) not in (None, NONE):
-                words += [f"--{stage}", wanted[stage]]
-        if wanted.get("prompt"):
-            words += ["--prompt", wanted["prompt"]]
-        temperatures = [
-            f"{s}={wanted['temperature'].get(s, v)}" for s, v in DEFAULT_TEMPERATURES.items()
-        ]
-        words += ["--temperature", *temperatures]
-        for option in ("seconds", "seed", "top_k", "top_p"):
-            words += [f"--{option.replace('_', '-')}", str(wanted[option])]
-        for option in ("device", "decoding", "precision", "attention"):
-            if getattr(self.parsed, option) is not None:
-                words += [f"--{option}", getattr(self.parsed, option)]
-        arguments = sample_parser().parse_args([*words, "--out", str(out)])
-        if arguments.seconds > self.parsed.max_seconds:
-            raise ValueError(f"at most {self.parsed.max_seconds:g} s at a time (--max-seconds)")
-        return arguments
-
-    def models(self, arguments: Namespace) -> Models:
-        """Loaded once for as long as the choice stays."""
-        key = tuple(getattr(arguments, stage) for stage in STAGES), bool(arguments.prompt)
-        if self.loaded is None or self.loaded[0] != key:
-            self.loaded = None  # the old ones leave before the new ones come
-            self.loaded = key, load_models(arguments, find_device(arguments.device))
-        return self.loaded[1]
-
-    def _make(self, arguments: Namespace, samplings: dict, sound: Sound) -> None:
-        try:
-            with self.lock:  # one at a time
-                sound.finish(self._sample(arguments, samplings, sound))
-        except Exception as error:  # whatever it is, somebody waits for it
-            sound.finish(error)
-
-    @torch.no_grad()
-    def _sample(self, arguments: Namespace, samplings: dict, sound: Sound) -> dict[str, Any]:
-        models = self.models(arguments)
-        request, prompt = make_request(arguments, models)
-        chunks = None if models.collapsed else Chunks.of_seconds(models, *STREAM_SECONDS)
-        began, stream, parts = time.perf_counter(), None, []
-        for (fresh,) in decode_stream(models, generate_codes(models, request, samplings, chunks)):
-            parts.append(fresh.cpu())
-            stream = stream or WavStream(sound, models.codec.sample_rate)
-            stream.write(parts[-1])
-            sound.seconds += parts[-1].shape[1] / models.codec.sample_rate
-        wav, elapsed = torch.cat(parts, dim=1), time.perf_counter() - began
-        record = describe(arguments, models, request, samplings) | {"complete": True}
-        write_clips(arguments, models, prompt, [wav], record)
-        out = Path(arguments.out)
-        made = wav.shape[1] / models.codec.sample_rate
-        made -= request.codes[0].shape[1] / models.codec.frame_rate  # what was given
-        return {
-            "wav": str(out),
-            "settings": str(out.with_suffix(".json")),
-            "spectrogram": save_spectrogram(out.with_suffix(".png"), wav, models),
-            "said": f"{made:.1f} s made, {made / elapsed:.1f} x real time",
-        }
-
-
-def save_spectrogram(path: Path, wav: Tensor, models: Models) -> str:
-    with atomic_write(path, "wb") as file:
-        file.write(spectrogram_png(wav, models.codec.sample_rate))
-    return str(path)
-
-
-def find_choices(runs: list[str]) -> dict[str, list[str]]:
-    """Stage -> its runs, and their checkpoints. ValueError: none can make a sound."""
-    choices: dict[str, list[str]] = {stage: [] for stage in STAGES}
-    for run in runs:
-        stage = read_state(find_checkpoint(run, prefer_best=True))["spec"]["name"]
-        choices[stage] += [run, *(str(folder) for folder in list_checkpoints(run))]
-    whole = choices["acoustic"] or (choices["coarse"] and choices["fine"])
-    if not choices["semantic"] or not whole:
-        there = ", ".join(stage for stage in STAGES if choices[stage]) or "none"
-        raise ValueError(
-            "a sound takes a semantic run, and coarse and fine ones or an acoustic one; there are: "
-            f"{there}"
-        )
-    return choices
 
 
 def build(studio: Studio) -> Any:
@@ -228,9 +66,12 @@ def build(studio: Studio) -> Any:
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder)  # uploads go when the page does
     import gradio
     from fastapi import FastAPI
+    from fastapi.middleware.trustedhost import TrustedHostMiddleware
     from fastapi.responses import Response, StreamingResponse
 
-    app = FastAPI()
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if studio.parsed.host in LOCAL:  # another site's page may not ask under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL])
 
     @app.middleware("http")
     async def keep_to_itself(request: Any, answer: Callable) -> Response:
@@ -262,8 +103,8 @@ def page(studio: Studio, gradio: Any) -> Any:
         with gradio.Row():
             with gradio.Column():
                 prompt = gradio.Audio(
-                    label="prompt", type="filepath", sources=["microphone", "upload"],
-                    max_length=parsed.max_prompt_seconds,
+                    label="prompt", type="filepath", sources=["upload", "microphone"],
+                    elem_id="prompt",
                 )  # fmt: skip
                 most = parsed.max_seconds
                 seconds = gradio.Slider(0.5, most, min(5, most), step=0.1, label="seconds")
@@ -320,15 +161,18 @@ def clicked(
         stages = {stage: by_name[stage] for stage in STAGES if stage in by_name}
         if stages.get("acoustic", NONE) != NONE:
             stages |= {"coarse": NONE, "fine": NONE}
-        numbers = {"seconds": seconds, "seed": int(seed), "top_k": int(top_k), "top_p": top_p}
+        numbers = {"seed": int(seed or 0), "top_k": int(top_k or 0), "top_p": top_p or 1}
         try:
+            numbers["seconds"] = seconds or 0
             name = studio.begin(prompt=prompt, temperature=temperature, **stages, **numbers)
         except ValueError as error:
             raise failed(str(error)) from None
         return name, STOP, "reading the prompt" if prompt else "starting", None, None
 
     def follow(name: str) -> Iterator[tuple]:
-        sound = studio.sounds[name]
+        sound = studio.sounds.get(name)
+        if sound is None:
+            raise failed("this sound has been forgotten: make it again")
         while not sound.done:
             yield STOP, f"{sound.seconds:.1f} s so far", None, None
             with sound.changed:
@@ -356,8 +200,20 @@ def demo_parser() -> ArgumentParser:
     return parser
 
 
+def check_address(host: str, port: int) -> None:
+    """ValueError: nobody can listen there."""
+    try:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host {host} --port {port}: {error}; choose another") from None
+
+
 def main() -> None:
     parsed = demo_parser().parse_args()
+    find_choices(parsed.runs)
+    check_address(parsed.host, parsed.port)
     if not find_spec("gradio"):
         raise ValueError("the page needs gradio: pip install gradio==5.49.1")
     studio = Studio(parsed)
@@ -367,7 +223,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     print(f"http://{parsed.host}:{parsed.port} (Ctrl-C ends it)", flush=True)
     try:
-        uvicorn.run(build(studio), host=parsed.host, port=parsed.port, log_level="warning")
+        app, quiet = build(studio), {"log_level": "warning", "timeout_graceful_shutdown": 3}
+        uvicorn.run(app, host=parsed.host, port=parsed.port, **quiet)
     finally:
         studio.close()
 

@@ -27,7 +27,7 @@ from scripts import generation_metrics as metrics
 from scripts.cli import find_device
 from scripts.clips import align, format_cell, select_recordings
 from scripts.codec_metrics import confidence_interval, mean
-from scripts.evaluate_lm import read_tokens
+from scripts.evaluate_lm import check_out, read_tokens
 from scripts.resynthesis import clip_seed, wav_file
 from scripts.run_log import environment
 from scripts.sample import check_collapsed, encode_prompt, load_models
@@ -202,6 +202,7 @@ def evaluate_generation(parsed: argparse.Namespace) -> None:
         if getattr(parsed, option) < least:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} {getattr(parsed, option)}: at least {least}")
+    check_out(parsed.out)
     recordings = select_recordings(parsed)
     models = load_models(parsed, find_device(parsed.device))
     check_collapsed(models, parsed.prompt_seconds + parsed.seconds, "--seconds")

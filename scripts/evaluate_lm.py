@@ -63,7 +63,7 @@ def levels_of(
     parsed: argparse.Namespace, folder: TokenFolder, names: list[str], state: dict
 ) -> dict[str, Baseline]:
     """What the model is measured against. ValueError: --encodec-lm, and other codes."""
-    rates = token_rates(folder, names, state["collapse_semantic"])
+    rates = token_rates(folder, names, state["collapse_semantic"], parsed.split)
     levels = counted(folder, parsed.split, names, rates, state["collapse_semantic"])
     if parsed.encodec_lm is not None:
         name = folder.codec["name"].partition(":")[0]
@@ -79,14 +79,21 @@ def levels_of(
     return levels
 
 
-def validations(run: Path, upto: int) -> list[tuple[int, float]]:
-    """(step, loss) of the run's log."""
+def validations(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of the run's log, but for a last line that was cut short."""
     log = run / "log.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = [line for line in lines if line.endswith("}")]
     found = {
         line["step"]: line["loss"] for line in map(json.loads, lines) if line["kind"] == "valid"
     }
     return [(step, loss) for step, loss in sorted(found.items()) if loss is not None]
+
+
+def check_out(out: str | None) -> None:
+    """ValueError, before anything is measured: --out is a folder."""
+    if out and Path(out).is_dir():
+        raise ValueError(f"--out {out}: a folder; name a file in it")
 
 
 def evaluate_lm(parsed: argparse.Namespace) -> None:
@@ -95,16 +102,19 @@ def evaluate_lm(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {parsed.batch_size}: at least 1")
     if parsed.plot:
         check_picture(parsed.plot)
+    check_out(parsed.out)
     device = find_device(parsed.device)
     stage, state = load_stage(parsed.model, device)
     folder = read_tokens(parsed, state)
     collapse, names = state["collapse_semantic"], stage.spec.codebook_names
-    rates = token_rates(folder, names, collapse)
+    rates = token_rates(folder, names, collapse, parsed.split)
     levels = levels_of(parsed, folder, names, state)
     how = (stage, folder, parsed.split, state["crop_seconds"], collapse, parsed.batch_size)
     scores = joined(list(tqdm(score_split(*how), desc="batches", disable=None)))
-    model, positions = model_figures(scores, rates), by_position(scores, rates)
-    bits = {name: level.bits_per_second for name, level in levels.items()}
+    model, positions = (
+        model_figures(scores, rates),
+        by_position(scores, rates, state["crop_seconds"]),
+    )
     clips = folder.clips(parsed.split)
     report = {
         "run": str(parsed.model),
@@ -123,8 +133,8 @@ def evaluate_lm(parsed: argparse.Namespace) -> None:
         "by_position": positions,
         "calibration": calibration(scores),
     }
-    curve = validations(run_folder(parsed.model), state["step"])
-    report["verdict"] = verdict(model["bits_per_second"], bits, positions, curve)
+    curve = validations(run_folder(parsed.model))
+    report["verdict"] = verdict(model["bits_per_second"], levels, rates, curve)
     print_report(report)
     if parsed.out:
         write_json(parsed.out, report)
@@ -150,9 +160,10 @@ def print_report(report: dict[str, Any]) -> None:
     interval = model["loss_interval"]
     half = f" ± {(interval[1] - interval[0]) / 2:.3f} over clips" if interval else ""
     print(f"\nall tokens: {model['loss']:.4f}{half} (as the run's log says valid; EOS counts)")
-    print("\nseconds of context  nats per token")
+    print("\nseconds of the window before a token  nats (the first are often silence)")
     for row in report["by_position"]:
-        print(f"{row['from']:>6g} to {row['to']:<6g}    {row['nats']:.3f}")
+        where = f"{row['from']:g} to {row['to']:g}"
+        print(f"{where:<36}  {row['nats']:.3f}  of {row['num_tokens']:,} tokens")
     calibrated = report["calibration"]
     sure = "over" if calibrated["over"] > 0 else "under"
     print(
@@ -198,7 +209,7 @@ def add_lm_options(lm: argparse.ArgumentParser) -> None:
         help="beside the encodec package's own model of encodec_24khz's codes (without FILE: from "
         "the network)",
     )
-    lm.add_argument("--split", choices=("valid", "test", "train"), default="valid")
+    lm.add_argument("--split", choices=("valid", "test"), default="valid")
     lm.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="windows at a time (16)"
     )

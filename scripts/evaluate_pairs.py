@@ -12,7 +12,7 @@ from model.semantic import SemanticTokenizer, load_semantic
 from model.stages import Stage
 from scripts.cli import find_device
 from scripts.clips import align
-from scripts.evaluate_lm import read_tokens
+from scripts.evaluate_lm import check_out, read_tokens
 from scripts.pairs import Listed, Pair, PairMaker, Sample, judge, read_pairs
 from scripts.run_log import environment
 
@@ -65,6 +65,7 @@ def evaluate_pairs(parsed: argparse.Namespace) -> None:
         number = getattr(parsed, option)
         if number is not None and number < 1:
             raise ValueError(f"--{option.replace('_', '-')} {number}: at least 1")
+    check_out(parsed.out)
     device = find_device(parsed.device)
     stage, state = load_stage(parsed.model, device)
     collapse, crop = state["collapse_semantic"], state["crop_seconds"]
@@ -90,7 +91,8 @@ def evaluate_pairs(parsed: argparse.Namespace) -> None:
     for kind, row in rows.items():
         name = f"{kind}: {MEANING[kind]}" if not parsed.pairs else kind
         low, high = row["right_interval"]
-        cells = (str(row["num_items"]), f"{row['right']:.1%}", f"{low:.0%} to {high:.0%}")
+        few = ", so nothing is shown" if low < 0.5 < high else ""
+        cells = (str(row["num_items"]), f"{row['right']:.1%}", f"{low:.0%} to {high:.0%}{few}")
         table.append([name, *cells])
     print(f"{state['path']}: {stage.spec.name}, step {state['step']}; pairs {report['pairs']}\n")
     print(*align(table), sep="\n")

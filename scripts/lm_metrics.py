@@ -19,14 +19,13 @@ from scripts.semantic_metrics import cross_entropies
 
 SECONDS = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)  # of context: edges of the buckets
 NUM_BINS = 10  # of confidence
-BEGUN = 0.5  # seconds, after which a recording is no longer the silence that it begins with
 SAME = 0.01  # as good as: the share of a loss that does not matter
 
 
 @dataclass
 class Scores:
     """Of each target of a codebook [N]: its nats, the chance given to the likeliest class, whether
-    it was that, its frame in the window, the number of its clip."""
+    it was that, its frame in the window (-1: EOS), the number of its clip."""
 
     nats: np.ndarray
     chance: np.ndarray
@@ -47,6 +46,8 @@ def score(stage: Stage, batch: Sequences, clips: list[int]) -> list[Scores]:
         logs = stage.heads[k](hidden[places]).float().log_softmax(dim=-1)  # [M,C]
         best = logs.max(dim=-1)
         frame = step[places] // K if flat else step[places] - k
+        if k == 0:
+            frame = frame.masked_fill(targets == stage.layout.eos, -1)
         columns = (
             -logs.gather(1, targets[:, None])[:, 0],
             best.values.exp(),
@@ -147,9 +148,11 @@ def model_figures(scores: list[Scores], rates: list[float]) -> dict:
     }
 
 
-def by_position(scores: list[Scores], rates: list[float]) -> list[dict]:
-    """Mean nats of tokens by the seconds of their window that came before them."""
+def by_position(scores: list[Scores], rates: list[float], crop_seconds: float) -> list[dict]:
+    """Mean nats of tokens by the seconds of their window that came before them; EOS is left out.
+    Of tokens without repeats the seconds are those of the usual rate, within the window."""
     seconds = np.concatenate([s.frame / rate for s, rate in zip(scores, rates, strict=True)])
+    seconds = np.minimum(seconds, np.nextafter(crop_seconds, 0))
     nats, rows = np.concatenate([s.nats for s in scores]), []
     for low, high in pairwise(SECONDS):
         inside = (seconds >= low) & (seconds < high)
@@ -178,38 +181,32 @@ def calibration(scores: list[Scores]) -> dict:
     }
 
 
-def verdict(model: float, levels: dict[str, float], positions: list[dict], curve: list) -> str:
-    """In a line: model and levels in bits per second, curve [(step, validation loss)] of the
-    run."""
-    said, later = _standing(model, levels), [p for p in positions if p["from"] >= BEGUN]
-    if len(later) > 1 and model < levels["unigram"]:
-        first, last = later[0], later[-1]
-        if last["nats"] < (1 - SAME) * first["nats"]:
-            said += f"; context helps ({first['nats']:.2f} nats after {first['from']:g} s of it, "
-            said += f"{last['nats']:.2f} after {last['from']:g})"
-        else:
-            said += f"; more context than {first['from']:g} s does not help it"
-    return said + _trend(curve)
-
-
-def _standing(model: float, levels: dict[str, float]) -> str:
-    if model > (1 + SAME) * levels["uniform"]:
+def verdict(model: float, levels: dict[str, Baseline], rates: list[float], curve: list) -> str:
+    """In a line: the model's bits per second, beside levels; curve [(step, validation loss)] of the
+    run. Of each codebook the better of unigram and bigram counts."""
+    pairs = zip(levels["unigram"].nats, levels["bigram"].nats, strict=True)
+    counting = bits_per_second([min(pair) for pair in pairs], rates)
+    if model > (1 + SAME) * levels["uniform"].bits_per_second:
         return "broken: worse than holding every token for equally likely"
-    if model > (1 - SAME) * levels["unigram"]:
+    if model > (1 - SAME) * levels["unigram"].bits_per_second:
         return "it knows how often tokens come and no more: train on, or look at optim.lr"
-    if model > (1 - SAME) * levels["bigram"]:
-        return "it learns, but a table of pairs of tokens still knows as much: train on"
-    less = 1 - model / levels["bigram"]
-    return f"it works: {less:.0%} fewer bits than a table of pairs of tokens needs"
+    if model > (1 - SAME) * counting:
+        return "it learns, but counting tokens and pairs of them still tells as much: train on"
+    less = 1 - model / counting
+    return f"it works: {less:.0%} fewer bits than counting tokens and pairs takes{_trend(curve)}"
 
 
 def _trend(curve: list[tuple[int, float]]) -> str:
-    if len(curve) < 2:
+    """What the last quarter of the steps did."""
+    if not curve:
         return ""
-    best_step, best = min(curve, key=lambda point: point[1])
-    (_, before), (last_step, last) = curve[-2:]
+    (best_step, best), (last_step, last) = min(curve, key=lambda point: point[1]), curve[-1]
+    before = [loss for step, loss in curve if step <= 0.75 * last_step]
     if last > (1 + SAME) * best:
         return f"; the run was at its best at step {best_step} of {last_step}: stop earlier"
-    if last < (1 - SAME) * before:
-        return f"; the loss was still falling at step {last_step}: more steps would help"
-    return f"; the loss had settled by step {last_step}"
+    if not before:
+        return ""
+    fell = 1 - best / min(before)
+    if fell > SAME:
+        return f"; the last quarter of its steps still took {fell:.0%} off the loss: more may help"
+    return f"; the last quarter of its steps took less than {SAME:.0%} off the loss"

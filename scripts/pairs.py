@@ -84,7 +84,7 @@ class PairMaker:
         return Pair("order", clip.name, [whole], [joined(parts)])
 
     def _beginning(self, clip: Clip) -> Pair:
-        same = [c for c in self._others(clip) if c.speaker == clip.speaker]
+        same = [c for c in self._others(clip) if clip.speaker and c.speaker == clip.speaker]
         other = self._choose(same or self._others(clip))
         return self._after(clip, "beginning", clip, other)
 
@@ -238,7 +238,13 @@ def _pairs_of_csv(path: Path) -> Listed:
 def _pairs_of_lines(path: Path) -> Listed:
     """{"good": FILE, "bad": FILE, "kind": optional} a line, relative to the file."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text; expected lines, a .csv or a folder") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             good, bad = path.parent / entry["good"], path.parent / entry["bad"]

@@ -12,10 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from world import make_world, save_wav
 
-from data.audio import read_audio
-from scripts.demo import NONE, Sound, Studio, clicked, demo_parser, find_choices, starting
+from data.audio import read_audio, save_audio
+from scripts.demo import check_address, clicked, demo_parser, starting
+from scripts.studio import NONE, Sound, Studio, find_choices
 
 ROOT = Path(__file__).parent.parent
 THREE = ("semantic", "coarse", "fine")
@@ -82,12 +84,55 @@ def test_a_sound_is_streamed_and_kept_with_its_settings(studio, world):
 
 
 def test_old_sounds_are_forgotten(studio, world, monkeypatch):
-    monkeypatch.setattr("scripts.demo.NUM_KEPT", 1)
-    for _ in range(2):
+    monkeypatch.setattr("scripts.studio.NUM_KEPT", 1)
+    for _ in range(3):
         name = studio.begin(**wanted(world, seconds=0.1))
         b"".join(studio.sounds[name])
+        while not studio.sounds[name].done:
+            threading.Event().wait(0.01)
     assert [*studio.sounds] == [name]
     assert [path.name for path in studio.folder.iterdir()] == [name]
+
+
+def test_few_wait_and_an_end_is_an_end(world, monkeypatch):
+    """What is being made ends after its chunk, what waits is not begun, listeners are told."""
+    studio, begun, go_on = Studio(parse(world)), threading.Event(), threading.Event()
+    make = studio._sample
+
+    def slow(*arguments):
+        begun.set()
+        go_on.wait(10)
+        return make(*arguments)
+
+    monkeypatch.setattr(studio, "_sample", slow)
+    names = [studio.begin(**wanted(world)) for _ in range(4)]
+    with pytest.raises(ValueError, match="4 sounds are waiting already"):
+        studio.begin(**wanted(world))
+    assert begun.wait(10)
+    heard = []
+    listener = threading.Thread(target=lambda: heard.append(list(studio.sounds[names[3]])))
+    listener.start()
+    closer = threading.Thread(target=studio.close)
+    closer.start()
+    listener.join(timeout=10)
+    assert heard == [[]]
+    go_on.set()
+    closer.join(timeout=30)
+    assert not closer.is_alive()
+    assert not any(thread.is_alive() for thread in studio.threads)
+    assert all("was ended" in str(studio.sounds[name].result) for name in names)
+    assert not studio.folder.exists()
+
+
+def test_an_address_that_cannot_be_is_said_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port}: .*in use; choose another"):
+            check_address("127.0.0.1", port)
+    with pytest.raises(ValueError, match="--port 99999: "):
+        check_address("127.0.0.1", 99999)
 
 
 def test_a_prompt_is_continued(studio, world, tmp_path):
@@ -107,10 +152,21 @@ def test_what_goes_wrong_is_said(studio, world, tmp_path):
     with pytest.raises(FailedError, match=r"at most 3 s at a time \(--max-seconds\)"):
         begin(None, 4, 0, 0, 1.0, 0.5, *runs)
     (tmp_path / "bad.wav").write_bytes(b"no sound")
-    name, *_ = begin(str(tmp_path / "bad.wav"), 0.2, 0, 0, 1.0, 0.5, *runs)
     with pytest.raises(FailedError, match=r"bad\.wav: cannot be decoded"):
+        begin(str(tmp_path / "bad.wav"), 0.2, 0, 0, 1.0, 0.5, *runs)
+    long = str(save_wav(tmp_path / "long.wav", 61))
+    with pytest.raises(FailedError, match="the prompt is 61 s long: at most 60 s"):
+        begin(long, 0.2, 0, 0, 1.0, 0.5, *runs)
+    with pytest.raises(FailedError, match="must be positive"):
+        begin(None, None, None, None, None, 0.5, *runs)
+    with pytest.raises(FailedError, match="forgotten"):
+        list(follow("nobody"))
+    silent = tmp_path / "silent.wav"
+    save_audio(silent, torch.zeros(1, 16_000), 16_000)
+    name, *_ = begin(str(silent), 0.2, 0, 0, 1.0, 0.5, *runs)
+    with pytest.raises(FailedError, match=r"silent\.wav: silent"):
         list(follow(name))
-    name, *_ = begin(None, 0.2, 0, 0, 1.0, 0.5, *runs)
+    name, *_ = begin(None, 0.2, None, 0, 1.0, 0.5, *runs)
     *_, (player, said, picture, files) = follow(name)
     assert f'src="sound/{name}"' in player
     assert "x real time" in said
@@ -190,6 +246,10 @@ def test_a_click_is_heard(server):
         page.on("requestfinished", lambda request: fetched.append(request.url))
         page.on("pageerror", lambda error: errors.append(error))
         page.goto(server)
+        with page.expect_response(lambda answer: "/upload" in answer.url):
+            # a format that gradio itself could not read without another program
+            page.set_input_files("input[type=file]", ROOT / "data/demo/audio/vm-newuser.opus")
+        page.wait_for_selector("#prompt audio, #prompt [data-testid*=waveform]", state="attached")
         page.click("#make")
         page.wait_for_selector("#player audio", timeout=60_000)
         page.wait_for_function("window.heard > 0", timeout=20_000)
@@ -199,7 +259,10 @@ def test_a_click_is_heard(server):
         )
         assert heard == pytest.approx(length, abs=0.01)
         page.wait_for_selector("#picture img")
-        assert "out.json" in page.inner_text("#files").replace("\n", "")
+        file = page.get_attribute("#files a[href*='out.json']", "href")
+        settings = page.evaluate("async (file) => await (await fetch(file)).json()", file)
+        assert settings["mode"] == "continuation"
+        assert settings["prompt"]["path"].endswith("vm-newuser.opus")
         browser.close()
     assert not errors
     assert all(url.startswith((server, "data:", "blob:")) for url in fetched)

@@ -10,6 +10,7 @@ import torch
 from runs import log_lines
 from world import make_world
 
+from data.baselines import Baseline
 from data.shards import TokenFolder
 from model.checkpoint import load_stage
 from scripts import evaluate
@@ -68,8 +69,8 @@ def test_so_it_is_with_delays_and_without_repeats(stage, delayed, tmp_path):
 
 @pytest.mark.parametrize("name", ["world", "delayed"])
 def test_every_frame_is_scored_once_where_it_is(name, request):
-    """Frames 0, 1, 2, ... of each window, in head 0 one more for EOS. Under `delay` a window that
-    is not the last of its clip lacks the last frames of later codebooks."""
+    """Frames 0, 1, 2, ... of each window, in head 0 also EOS, as -1. Under `delay` a window that is
+    not the last of its clip lacks the last frames of later codebooks."""
     root = request.getfixturevalue(name)
     stage, state = load_stage(root / "coarse")
     folder = TokenFolder(root / "tokens")
@@ -83,8 +84,8 @@ def test_every_frame_is_scored_once_where_it_is(name, request):
     for heads, (num_frames, ends) in zip(parts, windows, strict=True):
         for k, found in enumerate(heads):
             missing = k if name == "delayed" and not ends else 0
-            expected = num_frames + (ends and k == 0) - missing
-            assert sorted(found.frame.tolist()) == list(range(expected))
+            expected = [-1] * (ends and k == 0) + list(range(num_frames - missing))
+            assert sorted(found.frame.tolist()) == expected
 
 
 def scores(nats, chance=None, hit=None, frame=None, clip=None):
@@ -110,10 +111,12 @@ def test_positions_by_hand():
     """Of 50 and 10 tokens a second: frame 30 is at 0.6 s of one and at 3 s of the other."""
     first = scores([1.0, 2.0, 3.0], frame=[0, 4, 30])
     second = scores([7.0, 5.0], frame=[0, 30])
-    rows = by_position([first, second], [50.0, 10.0])
-    expected = [(0, 0.1, 3.0, 3), (0.5, 1, 3.0, 1), (2, 4, 5.0, 1)]
-    expected[0] = (0, 0.1, (1 + 2 + 7) / 3, 3)
+    second.nats, second.frame = np.append(second.nats, 99), np.append(second.frame, -1)  # EOS
+    rows = by_position([first, second], [50.0, 10.0], 4.0)
+    expected = [(0, 0.1, (1 + 2 + 7) / 3, 3), (0.5, 1, 3.0, 1), (2, 4, 5.0, 1)]
     assert [tuple(row.values()) for row in rows] == [pytest.approx(row) for row in expected]
+    last = by_position([first, second], [50.0, 10.0], 2.0)[-1]  # nothing is beyond the window
+    assert (last["from"], last["to"], last["nats"]) == (1, 2, 5.0)
 
 
 def test_calibration_by_hand():
@@ -143,33 +146,75 @@ def test_a_bigram_knows_a_cycle(tmp_path):
     assert found["bigram"].bits_per_second < 0.02 * 50 / math.log(2)
 
 
-LEVELS = {"uniform": 100.0, "unigram": 80.0, "bigram": 60.0}
-FLAT = [{"from": s, "to": 2 * s, "nats": 2.0} for s in (0.25, 0.5, 1, 2)]
-FALLING = [{**row, "nats": row["nats"] - row["from"] / 4} for row in FLAT]
+LEVELS = {  # bits per second at one token a second of each of two codebooks
+    "uniform": Baseline([4.0, 4.0], 8 / math.log(2)),
+    "unigram": Baseline([4.0, 3.0], 7 / math.log(2)),
+    "bigram": Baseline([2.0, 5.0], 7 / math.log(2)),  # counting is worth 2 + 3 nats
+}
 
 
 @pytest.mark.parametrize(
-    ("bits", "positions", "curve", "words"),
+    ("nats", "curve", "words"),
     [
-        (102, FLAT, [], "broken"),
-        (79.5, FALLING, [], "how often tokens come and no more"),
-        (70, FALLING, [], "pairs of tokens still knows"),
-        (45, FALLING, [], "works: 25% fewer"),
-        (45, FALLING, [], "context helps (1.88 nats after 0.5 s of it, 1.50 after 2)"),
-        (45, FLAT, [], "more context than 0.5 s does not help"),
-        (45, FLAT, [(1, 3.0), (2, 2.0), (3, 2.5)], "best at step 2 of 3"),
-        (45, FLAT, [(1, 3.0), (2, 2.0)], "still falling at step 2"),
-        (45, FLAT, [(1, 2.005), (2, 2.0)], "settled by step 2"),
+        (8.2, [], "broken"),
+        (
+            6.98,
+            [(1, 3.0), (2, 2.0)],
+            "how often tokens come and no more: train on, or look at optim.lr",
+        ),
+        (6, [], "counting tokens and pairs of them still tells as much: train on"),
+        (4, [], "it works: 20% fewer bits than counting tokens and pairs takes"),
+        (4, [(1, 3.0), (2, 2.0), (3, 2.5)], "best at step 2 of 3: stop earlier"),
+        (4, [(60, 2.2), (70, 2.0), (80, 2.0), (100, 1.8)], "still took 10% off the loss: more"),
+        (4, [(60, 2.2), (74, 1.81), (80, 1.8), (100, 1.8)], "took less than 1% off the loss"),
     ],
 )
-def test_a_sentence_says_what_the_numbers_do(bits, positions, curve, words):
-    assert words in verdict(bits, LEVELS, positions, curve)
+def test_a_sentence_says_what_the_numbers_do(nats, curve, words):
+    said = verdict(nats / math.log(2), LEVELS, [1.0, 1.0], curve)
+    assert words in said
+    assert curve or ";" not in said
+
+
+def test_the_split_that_is_asked_for_is_measured(collapsing, tmp_path):
+    """Its clips, its counts, and, without repeats, its rate."""
+    run = collapsing / "semantic"
+    folder = TokenFolder(collapsing / "tokens")
+    for name, clip in zip(("test", "valid"), folder.all_clips, strict=False):
+        object.__setattr__(clip, "split", name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scripts.evaluate_lm.TokenFolder", lambda _: folder)
+        found = {name: evaluated(run, tmp_path, "--split", name) for name in ("test", "valid")}
+    for name, report in found.items():
+        semantic = [folder.read(clip)[0] for clip in folder.clips(name)]
+        kept = sum(1 + (np.diff(tokens.astype(int)) != 0).sum() for tokens in semantic)
+        seconds = sum(map(len, semantic)) / folder.semantic["frame_rate"]
+        assert report["tokens_per_second"] == [pytest.approx(kept / seconds)]
+        assert report["num_clips"] == len(semantic)
+    unigrams = [report["levels"]["unigram"]["nats"] for report in found.values()]
+    assert unigrams[0] != unigrams[1]
+
+
+@pytest.fixture(scope="module")
+def collapsing(tmp_path_factory):
+    root = tmp_path_factory.mktemp("collapsing")
+    return make_world(root, "data.collapse_semantic=true", semantic_hop=160)
+
+
+def test_a_log_that_was_cut_short_and_a_folder_as_file(world, tmp_path):
+    moved = shutil.copytree(world / "coarse", tmp_path / "moved")
+    with open(moved / "log.jsonl", "a") as log:
+        log.write('{"kind": "valid", "st')
+    assert evaluated(moved, tmp_path)["verdict"]
+    with pytest.raises(ValueError, match=r"--out .*: a folder; name a file in it"):
+        evaluate.main(["lm", str(moved), "--out", str(tmp_path)])
 
 
 def test_what_is_printed(world, capsys):
     evaluate.main(["lm", str(world / "coarse")])
     said = capsys.readouterr().out
-    assert all(word in said for word in ("uniform", "bigram", "this model", "seconds of context"))
+    assert all(
+        word in said for word in ("uniform", "bigram", "this model", "seconds of the window")
+    )
     assert "chances are off by" in said
 
 
@@ -210,6 +255,11 @@ def test_encodecs_own_model_is_a_level(world, tmp_path, monkeypatch):
     def renamed(folder, path):
         read(folder, path)
         folder.codec = {**folder.codec, "name": "encodec_24khz:file"}
+        shapes = {clip.name: (4, clip.num_frames) for clip in folder.all_clips}
+        draw = np.random.default_rng(0).integers
+        drawn = {name: draw(16, size=shape) for name, shape in shapes.items()}
+        stored = folder.read
+        folder.read = lambda clip: (stored(clip)[0], drawn[clip.name])
 
     monkeypatch.setattr(TokenFolder, "__init__", renamed)
     nats = evaluated(world / "fine", tmp_path, *words)["levels"]["encodec's LM"]["nats"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from scripts.pairs import (
     nats_of,
     proportion_interval,
     read_pairs,
+    scored_from,
 )
 
 STAGES = ("semantic", "coarse", "fine", "acoustic")
@@ -77,6 +79,8 @@ def test_pairs_differ_in_what_their_kind_says(voiced):
         assert torch.equal(good.semantic[H:], bad.semantic[H:])
         if pair.kind == "beginning":
             assert torch.equal(good.codes[:, :H], own[:, :H])
+            other = bad.codes[:, :H].numpy().astype(np.uint16).tobytes()
+            assert voice_of[other] == clip.speaker  # what differs is not the voice
         else:
             voices = [
                 voice_of[s.codes[:, :H].numpy().astype(np.uint16).tobytes()] for s in (good, bad)
@@ -109,6 +113,20 @@ def test_the_sums_are_those_of_each_sample_alone(name, stage_name, request):
         batch = stage.spec.sequences(sample.semantic[None], sample.codes[None], yes, no, collapse)
         assert nats == pytest.approx(float(stage(batch).sum().detach()), rel=1e-5)
         assert num == sum(len(t) for t in batch.targets)
+
+
+@pytest.mark.parametrize(
+    ("first_half", "scored"),
+    # what follows is 7 7 8 8 9 9: of 7 8 9 the first is not scored, for it may go on over the seam
+    [([1, 1, 2, 2, 3, 3], [8, 9]), ([1, 1, 2, 2, 7, 7], [8, 9])],
+)
+def test_without_repeats_the_token_at_the_seam_is_left_out(first_half, scored):
+    semantic = torch.tensor([*first_half, 7, 7, 8, 8, 9, 9])
+    sample = Sample(semantic, torch.zeros(4, 12), first=6)
+    stage = SimpleNamespace(spec=SimpleNamespace(name="semantic"))
+    once = torch.unique_consecutive(semantic)
+    assert once[scored_from(stage, sample, True) :].tolist() == scored
+    assert semantic[scored_from(stage, sample, False) :].tolist() == [7, 7, 8, 8, 9, 9]
 
 
 def test_who_wins(monkeypatch):
@@ -189,7 +207,7 @@ def test_three_kinds_of_lists(sounds, world, tmp_path):
     [
         ("x.jsonl", '{"good": "a.wav"}', "line 1: expected"),
         ("x.jsonl", '{"good": "a_correct.wav", "bad": "no.wav"}', "names .*no.wav"),
-        ("x.jsonl", "", "holds no pair"),
+        ("x.jsonl", "\n", "holds no pair"),
         ("x.csv", "id,filename\n1,a\n", "line 2: no id, filename or correct"),
         ("x.csv", "id,filename,correct\n1,a,yes\n", "correct is 'yes'"),
         ("nowhere.csv", None, "no such file"),
@@ -200,6 +218,11 @@ def test_bad_lists(name, text, words, sounds):
         (sounds / name).write_text(text)
     with pytest.raises(ValueError, match=words):
         read_pairs(sounds / name)
+
+
+def test_a_recording_is_no_list(sounds):
+    with pytest.raises(ValueError, match=r"a_correct\.wav: not text; expected lines"):
+        read_pairs(sounds / "a_correct.wav")
 
 
 def test_mistakes_are_named(sounds, world, tmp_path):
