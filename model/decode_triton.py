@@ -27,9 +27,7 @@ TILES = {
     64: ((64, 16, 256, 4, 4), (64, 32, 128, 4, 4)),
     1 << 30: ((64, 64, 128, 4, 4), (128, 64, 64, 8, 4)),
 }
-ROOM = (
-    200 * 1024
-)  # bytes of shared memory that TILES take for granted; with less: 2 loads in flight
+ROOM = 200 * 1024  # bytes of shared memory that TILES count on; with less there are 2 in flight
 KEYS = (64, 4, 2)  # at a time (half in fp32), warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
