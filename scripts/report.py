@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
 from configs.files import atomic_write
+from configs.load import flat
 from data.audio import load_audio
 from scripts.cli import make_parser, run_cli
 from scripts.figures import loss_svg, spectrogram_png
@@ -43,6 +45,15 @@ class Run:
     def config(self) -> str:
         file = self.folder / "config.yaml"
         return file.read_text(encoding="utf-8").strip() if file.is_file() else "no config.yaml"
+
+    @property
+    def settings(self) -> dict:
+        """The same as keys and values; {} where it is no YAML."""
+        try:
+            found = yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def last_step(self) -> int:
@@ -196,6 +207,15 @@ def numbers(runs: list[Run]) -> dict[str, list[str]]:
     }
 
 
+def differences(runs: list[Run]) -> dict[str, list[str]]:
+    """Dotted key of the configs -> its value in each run, where they are not all the same; the
+    folders themselves always differ, and are left out."""
+    configs = [flat(run.settings) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key != "out")
+    rows = {key: [str(config.get(key, "-")) for config in configs] for key in keys}
+    return {key: cells for key, cells in rows.items() if len({*cells}) > 1}
+
+
 def codebooks(run: Run) -> list[tuple[str, float, float, float]]:
     """Name, best validation loss, unigram and uniform baseline of each codebook."""
     stage, nats = run.start["stage"], run.best.get("per_codebook", [])
@@ -231,9 +251,12 @@ def render_page(runs: list[Run], samples: list[tuple[dict, list[Clip]]]) -> str:
         samples=samples,
         longest=max((clip.seconds for _, clips in samples for clip in clips), default=0.0),
         written=utc(time.time()),
-        **{helper.__name__: helper for helper in (settings, curves, numbers, codebooks, facts)},
+        **{helper.__name__: helper for helper in PARTS},
         modes=MODES,
     )
+
+
+PARTS = (settings, curves, numbers, differences, codebooks, facts)
 
 
 def main() -> None:

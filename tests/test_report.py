@@ -134,6 +134,21 @@ def test_page_is_whole_and_needs_no_network(page: str):
     assert not re.search(r"https?://|@import|url\(", page)
 
 
+def test_settings_that_differ_are_side_by_side(tmp_path):
+    runs = [report.Run(tmp_path / name) for name in "abc"]
+    texts = [
+        "out: a\nmodel: {dim: 64, heads: 2}\n",
+        "out: b\nmodel: {dim: 32, heads: 2}\n",
+        "not: [yaml",
+    ]
+    for run, text in zip(runs, texts, strict=True):
+        run.folder.mkdir()
+        (run.folder / "config.yaml").write_text(text)
+    assert report.differences(runs[:2]) == {"model.dim": ["64", "32"]}
+    assert report.differences(runs[:1]) == {}
+    assert report.differences(runs)["model.heads"] == ["2", "2", "-"]
+
+
 def test_every_player_holds_sound_and_is_labelled(page: str):
     players = Page(page).all("audio")
     assert len(players) == 5
