@@ -153,7 +153,9 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 
 def resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:
     """wav [..., L] at `rate` Hz -> [..., L'] at `sample_rate` Hz, band-limited."""
-    return wav if rate == sample_rate else torchaudio.functional.resample(wav, rate, sample_rate)
+    if rate == sample_rate or not wav.numel():  # of nothing torchaudio makes an error
+        return wav
+    return torchaudio.functional.resample(wav, rate, sample_rate)
 
 
 class WavStream:

@@ -71,11 +71,8 @@ def _draw(
     head = first_head + slot
     now = tl.load(step)
     frame = tl.load(prompt_frames + clip) + now // per_frame - slot
-    at_x, num_classes = (
-        logits + (clip * num_slots + slot).to(tl.int64) * width,
-        tl.load(classes + head),
-    )
-    x = tl.load(at_x + c, c < num_classes, float("-inf")).to(tl.float32)
+    at_x = logits + (clip * num_slots + slot).to(tl.int64) * width + c
+    x = tl.load(at_x, c < tl.load(classes + head), float("-inf")).to(tl.float32)
     barred = (head == 0) & (frame < tl.load(min_frames + clip))
     x = tl.where((c == eos) & barred, float("-inf"), x)
     at = (clip * num_steps + now) * num_slots + slot

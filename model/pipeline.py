@@ -120,13 +120,23 @@ def continuation(
     models: Models, prompt: Prompt | None, seconds: float, seeds: list[int]
 ) -> Request:
     """At most `seconds` of new audio after a prompt, or from nothing."""
-    N, frame_rate, K = len(seeds), models.codec.frame_rate, models.codec.num_codebooks
     if prompt is None:
-        prompt = Prompt(torch.empty(0, dtype=torch.long), torch.empty(K, 0, dtype=torch.long))
-    semantic, codes = models.read(prompt.semantic), prompt.codes
-    most = semantic.shape[0] + whole_frames(seconds * frame_rate * float(models.semantic_rate))
-    limit = codes.shape[1] + whole_frames(seconds * frame_rate)
-    return Request([semantic] * N, [most] * N, [codes] * N, [limit] * N, seeds, prompt.first_frame)
+        nothing = torch.empty(models.codec.num_codebooks, 0, dtype=torch.long)  # [K,0]
+        prompt = Prompt(nothing[0], nothing)
+    return continuations(models, [prompt] * len(seeds), seconds, seeds)
+
+
+def continuations(
+    models: Models, prompts: list[Prompt], seconds: float, seeds: list[int]
+) -> Request:
+    """The same after prompts of their own, which begin at one frame of their recordings."""
+    (first,) = {prompt.first_frame for prompt in prompts}
+    frames = seconds * models.codec.frame_rate
+    semantics = [models.read(prompt.semantic) for prompt in prompts]
+    codes = [prompt.codes for prompt in prompts]
+    most = [len(s) + whole_frames(frames * float(models.semantic_rate)) for s in semantics]
+    limits = [clip.shape[1] + whole_frames(frames) for clip in codes]
+    return Request(semantics, most, codes, limits, seeds, first)
 
 
 def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Request:

@@ -1,6 +1,7 @@
 """What the measurements share: which recordings they take, and how they print a table."""
 
 import argparse
+from pathlib import Path
 
 from data.audio import SPLITS, Recording
 from data.segments import default_split, find_split, spread
@@ -8,25 +9,36 @@ from data.segments import default_split, find_split, spread
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
     """What `select_recordings` reads, how they are judged, and where the figures go."""
-    parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
-    parser.add_argument(
-        "--split", choices=(*SPLITS, "all"), help="default: test, else valid, or all without splits"
-    )
-    parser.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
+    add_selection_options(parser)
     parser.add_argument(
         "--asr",
         metavar="MODEL",
         help="English WER by this Whisper model: a CTranslate2 folder, or a name (network)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one per CPU")
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """What `select_recordings` needs, and where the figures go."""
+    parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
+    parser.add_argument(
+        "--split", choices=(*SPLITS, "all"), help="default: test, else valid, or all without splits"
+    )
+    parser.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
     parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
+
+
+def check_out(out: str | None) -> None:
+    """ValueError, before anything is measured: --out is a folder."""
+    if out and Path(out).is_dir():
+        raise ValueError(f"--out {out}: a folder; name a file in it")
 
 
 def select_recordings(parsed: argparse.Namespace, with_text: bool = False) -> list[Recording]:
     """Those of the split whose name matches, up to the limit. ValueError: none."""
     for option in ("limit", "workers"):
-        number = getattr(parsed, option)
+        number = getattr(parsed, option, None)
         if number is not None and number < 1:
             raise ValueError(f"--{option} {number}: at least 1")
     parsed.split = parsed.split or default_split(parsed.audio, "all")

@@ -12,7 +12,7 @@ from typing import Any
 from model.stages import STAGES
 from scripts.cli import make_parser, run_cli
 from scripts.sample_options import DEFAULT_TEMPERATURES, add_device_options
-from scripts.studio import NONE, Studio, find_choices
+from scripts.studio import NONE, Studio
 
 EXAMPLES = """\
   python -m scripts.demo demo/runs/semantic demo/runs/coarse demo/runs/fine
@@ -81,10 +81,11 @@ def build(studio: Studio) -> Any:
 
     @app.get("/sound/{name}")
     def listen(name: str) -> Response:
-        if name not in studio.sounds:
+        sound = studio.sounds.get(name)
+        if sound is None:
             return Response(status_code=404)
         headers = {"Cache-Control": "no-store"}
-        return StreamingResponse(iter(studio.sounds[name]), media_type="audio/wav", headers=headers)
+        return StreamingResponse(iter(sound), media_type="audio/wav", headers=headers)
 
     limits = {
         "max_file_size": f"{studio.parsed.max_upload_mb}mb",
@@ -161,9 +162,9 @@ def clicked(
         stages = {stage: by_name[stage] for stage in STAGES if stage in by_name}
         if stages.get("acoustic", NONE) != NONE:
             stages |= {"coarse": NONE, "fine": NONE}
-        numbers = {"seed": int(seed or 0), "top_k": int(top_k or 0), "top_p": top_p or 1}
+        numbers = {"seconds": seconds or 0, "seed": int(seed or 0)}  # a field may be emptied
+        numbers |= {"top_k": int(top_k or 0), "top_p": top_p or 1}
         try:
-            numbers["seconds"] = seconds or 0
             name = studio.begin(prompt=prompt, temperature=temperature, **stages, **numbers)
         except ValueError as error:
             raise failed(str(error)) from None
@@ -212,17 +213,16 @@ def check_address(host: str, port: int) -> None:
 
 def main() -> None:
     parsed = demo_parser().parse_args()
-    find_choices(parsed.runs)
     check_address(parsed.host, parsed.port)
-    if not find_spec("gradio"):
-        raise ValueError("the page needs gradio: pip install gradio==5.49.1")
     studio = Studio(parsed)
-    import uvicorn  # comes with gradio
-
     # uvicorn raises what it got once more when it has ended, and the sounds shall go then
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    print(f"http://{parsed.host}:{parsed.port} (Ctrl-C ends it)", flush=True)
     try:
+        if not find_spec("gradio"):
+            raise ValueError("the page needs gradio: pip install gradio==5.49.1")
+        import uvicorn  # comes with gradio
+
+        print(f"http://{parsed.host}:{parsed.port} (Ctrl-C ends it)", flush=True)
         app, quiet = build(studio), {"log_level": "warning", "timeout_graceful_shutdown": 3}
         uvicorn.run(app, host=parsed.host, port=parsed.port, **quiet)
     finally:

@@ -10,24 +10,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.files import write_json
-from data.audio import Recording, read_audio, resample, save_audio
+from data.audio import Recording, audio_seconds, read_audio, resample, save_audio
 from data.shards import TokenFolder
 from model.pipeline import (
     Models,
     Prompt,
     Request,
     continuation,
+    continuations,
     decode_stream,
     generate_codes,
-    whole_frames,
 )
 from model.semantic import load_semantic
 from model.stages import STAGES
 from scripts import generation_metrics as metrics
 from scripts.cli import find_device
-from scripts.clips import align, format_cell, select_recordings
+from scripts.clips import (
+    add_selection_options,
+    align,
+    check_out,
+    format_cell,
+    select_recordings,
+)
 from scripts.codec_metrics import confidence_interval, mean
-from scripts.evaluate_lm import check_out, read_tokens
+from scripts.evaluate_lm import read_tokens
 from scripts.resynthesis import clip_seed, wav_file
 from scripts.run_log import environment
 from scripts.sample import check_collapsed, encode_prompt, load_models
@@ -74,7 +80,7 @@ class Generator:
         least = parsed.prompt_seconds + 1
         for recording in tqdm(recordings, desc="prompts", disable=None):
             try:
-                if cut(recording, 0, least).shape[1] < least * SAMPLE_RATE:
+                if audio_seconds(recording.path) < least:
                     raise ValueError(f"{recording.path}: shorter than {least:g} s")
                 prompt = encode_prompt(str(recording.path), parsed.prompt_seconds, self.models)
                 found.append((recording, prompt))
@@ -86,15 +92,11 @@ class Generator:
 
     def continued(self, part: list[tuple[Recording, Prompt]]) -> list[Tensor]:
         """What comes after the prompts: wavs [1,L] at SAMPLE_RATE."""
-        models, seconds = self.models, self.parsed.seconds
-        frames = whole_frames(seconds * models.codec.frame_rate)
-        tokens = whole_frames(seconds * models.codec.frame_rate * float(models.semantic_rate))
-        semantics = [models.read(prompt.semantic) for _, prompt in part]
-        codes = [prompt.codes for _, prompt in part]
-        limits = [len(s) + tokens for s in semantics], [c.shape[1] + frames for c in codes]
         seeds = [clip_seed(self.parsed.seed, recording.name) for recording, _ in part]
-        wavs = self._made(Request(semantics, limits[0], codes, limits[1], seeds))
-        given = [c.shape[1] * models.codec.hop_length for c in codes]
+        prompts = [prompt for _, prompt in part]
+        request = continuations(self.models, prompts, self.parsed.seconds, seeds)
+        wavs = self._made(request)
+        given = [clip.shape[1] * self.models.codec.hop_length for clip in request.codes]
         return [self._heard(wav[:, n:]) for wav, n in zip(wavs, given, strict=True)]
 
     def unprompted(self, seeds: list[int]) -> list[Tensor]:
@@ -206,15 +208,13 @@ def evaluate_generation(parsed: argparse.Namespace) -> None:
     recordings = select_recordings(parsed)
     models = load_models(parsed, find_device(parsed.device))
     check_collapsed(models, parsed.prompt_seconds + parsed.seconds, "--seconds")
-    parsed.model = parsed.semantic  # whose training set may have been learnt by heart
-    train = training_tokens(read_tokens(parsed, models.any_state))
+    folder = read_tokens(parsed.semantic, parsed.tokens, models.any_state)
+    train = training_tokens(folder)  # which may have been learnt by heart
     generator = Generator(models, parsed)
     found = generator.prompts(recordings)
     prompts = [cut(recording, 0, parsed.prompt_seconds) for recording, _ in found]
-    judge, sets = (
-        Judge(models, parsed, train, prompts),
-        make_sets(generator, found, parsed.batch_size),
-    )
+    judge = Judge(models, parsed, train, prompts)
+    sets = make_sets(generator, found, parsed.batch_size)
     rows = [judge.row(name, wavs) for name, wavs in sets.items()]
     if parsed.wavs:
         for name, wavs in sets.items():
@@ -250,14 +250,7 @@ def print_report(report: dict) -> None:
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=evaluate_generation, prompt=True, resynthesize=None)
     add_model_options(parser, STAGES)
-    parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
-    parser.add_argument(
-        "--split",
-        choices=("train", "valid", "test", "all"),
-        help="default: test, else valid, or all",
-    )
-    parser.add_argument("--match", default="", metavar="TEXT", help="only names with TEXT in them")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spread")
+    add_selection_options(parser)
     parser.add_argument(
         "--tokens", metavar="FOLDER", help="of the training set; default: the run's"
     )
@@ -271,5 +264,3 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--embedder", metavar="FOLDER", help="another tokenizer for the Frechet distance"
     )
     parser.add_argument("--wavs", metavar="FOLDER", help="keep every clip there, to listen to")
-    parser.add_argument("--out", metavar="FILE.json", help="write the figures there as well")
-    parser.set_defaults(workers=None)

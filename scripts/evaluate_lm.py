@@ -17,7 +17,7 @@ from model.checkpoint import find_checkpoint, load_stage
 from model.codec import ENCODEC_24KHZ, load_encodec_lm
 from scripts.bench_tools import check_picture, save_picture
 from scripts.cli import find_device
-from scripts.clips import align
+from scripts.clips import align, check_out
 from scripts.lm_metrics import (
     by_position,
     calibration,
@@ -36,16 +36,16 @@ def run_folder(run: str) -> Path:
     return find_checkpoint(run, prefer_best=True).parent.parent
 
 
-def read_tokens(parsed: argparse.Namespace, state: dict) -> TokenFolder:
+def read_tokens(run: str, tokens: str | None, state: dict) -> TokenFolder:
     """What the run was trained on, or --tokens. ValueError: of other tokenizers."""
-    config = run_folder(parsed.model) / "config.yaml"
-    if not parsed.tokens and not config.is_file():
+    config = run_folder(run) / "config.yaml"
+    if not tokens and not config.is_file():
         raise ValueError(f"{config}: missing, so --tokens must say what to evaluate on")
-    path = parsed.tokens or load_config(RunConfig, config).data.tokens
+    path = tokens or load_config(RunConfig, config).data.tokens
     try:
         folder = TokenFolder(path)
     except ValueError as error:
-        if parsed.tokens:
+        if tokens:
             raise
         raise ValueError(f"{error} (or name another folder with --tokens)") from None
     for kind in ("codec", "semantic"):
@@ -53,17 +53,20 @@ def read_tokens(parsed: argparse.Namespace, state: dict) -> TokenFolder:
         if ours["fingerprint"] != theirs["fingerprint"]:
             raise ValueError(
                 f"{path} holds tokens of the {kind} tokenizer {ours['name']} "
-                f"({ours['fingerprint']}), but {parsed.model} was trained on those of "
+                f"({ours['fingerprint']}), but {run} was trained on those of "
                 f"{theirs['name']} ({theirs['fingerprint']})"
             )
     return folder
 
 
 def levels_of(
-    parsed: argparse.Namespace, folder: TokenFolder, names: list[str], state: dict
+    parsed: argparse.Namespace,
+    folder: TokenFolder,
+    names: list[str],
+    rates: list[float],
+    state: dict,
 ) -> dict[str, Baseline]:
     """What the model is measured against. ValueError: --encodec-lm, and other codes."""
-    rates = token_rates(folder, names, state["collapse_semantic"], parsed.split)
     levels = counted(folder, parsed.split, names, rates, state["collapse_semantic"])
     if parsed.encodec_lm is not None:
         name = folder.codec["name"].partition(":")[0]
@@ -90,12 +93,6 @@ def validations(run: Path) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in sorted(found.items()) if loss is not None]
 
 
-def check_out(out: str | None) -> None:
-    """ValueError, before anything is measured: --out is a folder."""
-    if out and Path(out).is_dir():
-        raise ValueError(f"--out {out}: a folder; name a file in it")
-
-
 def evaluate_lm(parsed: argparse.Namespace) -> None:
     """One table and one sentence; JSON and a picture where asked for."""
     if parsed.batch_size < 1:
@@ -105,16 +102,13 @@ def evaluate_lm(parsed: argparse.Namespace) -> None:
     check_out(parsed.out)
     device = find_device(parsed.device)
     stage, state = load_stage(parsed.model, device)
-    folder = read_tokens(parsed, state)
+    folder = read_tokens(parsed.model, parsed.tokens, state)
     collapse, names = state["collapse_semantic"], stage.spec.codebook_names
     rates = token_rates(folder, names, collapse, parsed.split)
-    levels = levels_of(parsed, folder, names, state)
+    levels = levels_of(parsed, folder, names, rates, state)
     how = (stage, folder, parsed.split, state["crop_seconds"], collapse, parsed.batch_size)
     scores = joined(list(tqdm(score_split(*how), desc="batches", disable=None)))
-    model, positions = (
-        model_figures(scores, rates),
-        by_position(scores, rates, state["crop_seconds"]),
-    )
+    model = model_figures(scores, rates)
     clips = folder.clips(parsed.split)
     report = {
         "run": str(parsed.model),
@@ -130,7 +124,7 @@ def evaluate_lm(parsed: argparse.Namespace) -> None:
         "tokens_per_second": rates,
         "levels": {name: asdict(level) for name, level in levels.items()},
         "model": model,
-        "by_position": positions,
+        "by_position": by_position(scores, rates, state["crop_seconds"]),
         "calibration": calibration(scores),
     }
     curve = validations(run_folder(parsed.model))

@@ -11,8 +11,8 @@ from model.checkpoint import load_stage
 from model.semantic import SemanticTokenizer, load_semantic
 from model.stages import Stage
 from scripts.cli import find_device
-from scripts.clips import align
-from scripts.evaluate_lm import check_out, read_tokens
+from scripts.clips import align, check_out
+from scripts.evaluate_lm import read_tokens
 from scripts.pairs import Listed, Pair, PairMaker, Sample, judge, read_pairs
 from scripts.run_log import environment
 
@@ -73,7 +73,7 @@ def evaluate_pairs(parsed: argparse.Namespace) -> None:
         tokenizer = tokenizer_of(parsed, stage, state)
         pairs = encoded(read_pairs(Path(parsed.pairs))[: parsed.limit], tokenizer, crop)
     else:
-        folder = read_tokens(parsed, state)
+        folder = read_tokens(parsed.model, parsed.tokens, state)
         maker = PairMaker(folder, parsed.split, crop, parsed.seed)
         pairs = list(maker.pairs(parsed.limit))
     rows = judge(stage, pairs, collapse, parsed.batch_size)

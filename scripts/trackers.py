@@ -56,6 +56,8 @@ def track_clips(
     accelerator: Accelerator, step: int, clips: dict[str, Tensor], sample_rate: int
 ) -> None:
     """Players and spectrograms of wavs [1,L], by name; on the main process."""
+    if not accelerator.trackers:
+        return
     pictures = {name: spectrogram(wav.cpu(), sample_rate) for name, wav in clips.items()}
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import make_world, save_wav
 
-from data.audio import read_audio
+from data.audio import read_audio, resample
 from scripts import evaluate
 from scripts import generation_metrics as metrics
 
@@ -142,6 +142,19 @@ def test_another_embedder(world, tmp_path):
 def test_mistakes_are_named(words, said, world, tmp_path):
     with pytest.raises(ValueError, match=said):
         evaluated(world, tmp_path, *words)
+
+
+def test_a_clip_that_ends_at_once_is_counted(world, monkeypatch, tmp_path):
+    """Also where the codec has another rate, at which nothing cannot be resampled."""
+    from scripts.evaluate_generation import Generator
+
+    monkeypatch.setattr(
+        Generator, "continued", lambda self, part: [torch.empty(1, 0) for _ in part]
+    )
+    rows = {row["set"]: row for row in evaluated(world, tmp_path)["rows"]}
+    assert (rows["continued"]["seconds"], rows["continued"]["silent"]) == (0, 1)
+    assert rows["continued"]["frechet"] is None
+    assert resample(torch.empty(1, 0), 24_000, 16_000).shape == (1, 0)
 
 
 def test_features_of_seconds(world):
