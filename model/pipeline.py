@@ -87,8 +87,9 @@ class Request:
     """What to make of N clips, at the models' frame rate.
 
     semantics [T_s]: the tokens a clip begins with, or all of them, if `num_semantic` is None;
-    otherwise those it may have at most. codes [K,T]: those it begins with; `num_frames`: how many
-    it may have; `first_frame`: of its recording, if that began before.
+    otherwise those it may have at most, and `min_semantic` those it must have. codes [K,T]: those
+    it begins with; `num_frames`: how many it may have; `first_frame`: of its recording, if that
+    began before.
     """
 
     semantics: list[Tensor]
@@ -97,6 +98,7 @@ class Request:
     num_frames: list[int]
     seeds: list[int]
     first_frame: int = 0
+    min_semantic: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,26 +119,37 @@ STREAM_SECONDS = (0.4, 0.8, 0.4)  # a first chunk soon, then longer ones, which 
 
 
 def continuation(
-    models: Models, prompt: Prompt | None, seconds: float, seeds: list[int]
+    models: Models,
+    prompt: Prompt | None,
+    seconds: float,
+    seeds: list[int],
+    min_seconds: float = 0,
 ) -> Request:
-    """At most `seconds` of new audio after a prompt, or from nothing."""
+    """At most `seconds` of new audio after a prompt, or from nothing; at least `min_seconds`, for
+    semantic tokens that have kept their repeats."""
     if prompt is None:
         nothing = torch.empty(models.codec.num_codebooks, 0, dtype=torch.long)  # [K,0]
         prompt = Prompt(nothing[0], nothing)
-    return continuations(models, [prompt] * len(seeds), seconds, seeds)
+    return continuations(models, [prompt] * len(seeds), seconds, seeds, min_seconds)
 
 
 def continuations(
-    models: Models, prompts: list[Prompt], seconds: float, seeds: list[int]
+    models: Models,
+    prompts: list[Prompt],
+    seconds: float,
+    seeds: list[int],
+    min_seconds: float = 0,
 ) -> Request:
     """The same after prompts of their own, which begin at one frame of their recordings."""
     (first,) = {prompt.first_frame for prompt in prompts}
-    frames = seconds * models.codec.frame_rate
+    assert not (min_seconds and models.collapsed)
+    frames, least = (x * models.codec.frame_rate for x in (seconds, min_seconds))
     semantics = [models.read(prompt.semantic) for prompt in prompts]
     codes = [prompt.codes for prompt in prompts]
     most = [len(s) + whole_frames(frames * float(models.semantic_rate)) for s in semantics]
     limits = [clip.shape[1] + whole_frames(frames) for clip in codes]
-    return Request(semantics, most, codes, limits, seeds, first)
+    num = [max(1, len(s) + whole_frames(least * float(models.semantic_rate))) for s in semantics]
+    return Request(semantics, most, codes, limits, seeds, first, num)
 
 
 def resynthesis(models: Models, prompts: list[Prompt], seeds: list[int]) -> Request:
@@ -255,7 +268,8 @@ class _Clips:
         if most is not None:
             wanted = [self._num_semantic(n) for n in range(len(self.ends))]
             given = [tokens[None] for tokens in self.semantics]  # [1,T_s]
-            made = self._extend("semantic", lambda *_: None, given, wanted)
+            least = self.request.min_semantic
+            made = self._extend("semantic", lambda *_: None, given, wanted, least)
             for n, tokens in enumerate(made):
                 self.ended[n] |= tokens.shape[1] < wanted[n] or wanted[n] == most[n]
                 # nothing keeps the model from drawing a token twice

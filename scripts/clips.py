@@ -18,9 +18,10 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one per CPU")
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
+def add_selection_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """What `select_recordings` needs, and where the figures go."""
-    parser.add_argument("--audio", required=True, help="folder of recordings or JSONL manifest")
+    real = "folder of recordings or JSONL manifest"
+    parser.add_argument("--audio", required=required, help=real)
     parser.add_argument(
         "--split", choices=(*SPLITS, "all"), help="default: test, else valid, or all without splits"
     )

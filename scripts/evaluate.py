@@ -1,11 +1,13 @@
 """Measure what has been trained: `lm` says what a language model knows, `pairs` what it prefers,
-`generation` how what is made compares with what is real; `codec` reconstructs clips, `semantic`
-compares tokenizers, `resynthesis` says semantic tokens anew. Each is in a file of its name."""
+`generation` how what is made compares with what is real, `long` whether it lasts; `codec`
+reconstructs clips, `semantic` compares tokenizers, `resynthesis` says semantic tokens anew. Each is
+in a file of its name."""
 
 from scripts.cli import make_parser, run_cli
 from scripts.evaluate_codec import add_codec_options
 from scripts.evaluate_generation import add_generation_options
 from scripts.evaluate_lm import add_lm_options
+from scripts.evaluate_long import add_long_options
 from scripts.evaluate_pairs import add_pairs_options
 from scripts.evaluate_resynthesis import add_resynthesis_options
 from scripts.evaluate_semantic import add_semantic_options
@@ -17,6 +19,7 @@ EXAMPLES = """\
   python -m scripts.evaluate pairs runs/semantic zerospeech/lexical/dev/gold.csv
   python -m scripts.evaluate generation --semantic runs/a --coarse runs/b --fine runs/c \\
       --audio DIR --limit 40 --wavs runs/heard --out runs/generation.json
+  python -m scripts.evaluate long runs/heard --audio DIR --plot runs/voice.svg
   python -m scripts.evaluate codec --codec pretrained/codec_16khz --audio DIR --limit 20
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
       --audio ../shared/corpus/manifest.jsonl --split test --out runs/codec_test.json
@@ -40,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     add_pairs_options(commands.add_parser("pairs", help=prefers))
     sets = "clips made, as sets beside real ones: Frechet distance, voice, diversity, copies"
     add_generation_options(commands.add_parser("generation", help=sets))
+    lasts = "clips of minutes, piece by piece: voice, silence, level"
+    add_long_options(commands.add_parser("long", help=lasts))
     reconstruction = (
         "reconstruction by a codec: PESQ, STOI, SI-SDR, mel distance, speaker, WER, speed"
     )

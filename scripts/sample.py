@@ -154,7 +154,13 @@ def make_request(arguments: Namespace, models: Models) -> tuple[Request, Prompt 
         return resynthesis(models, [prompt] * len(seeds), seeds), prompt
     if prompt is not None:
         prompt = last_part(source, prompt, models)
-    request = continuation(models, prompt, arguments.seconds, seeds)
+    if arguments.min_seconds and models.collapsed:
+        raise ValueError(
+            "--min-seconds needs to know when each token is to be heard, which those of runs with "
+            "data.collapse_semantic no longer tell: leave it out"
+        )
+    least = arguments.min_seconds
+    request = continuation(models, prompt, arguments.seconds, seeds, least)
     check_collapsed(models, request.num_frames[0] / frame_rate, "--seconds")
     return request, prompt
 
@@ -217,6 +223,7 @@ def describe(
         "original": None,
         "reconstruction": None,
         "max_seconds": None if arguments.resynthesize else arguments.seconds,
+        "min_seconds": arguments.min_seconds,
         "precision": dtype_name(models.stages),
         "decoding": choose_decoding(arguments.decoding, device)[0],
         "sampling": {name: asdict(samplings[name]) for name in models.stages},

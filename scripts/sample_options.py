@@ -31,7 +31,10 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument("--prompt", metavar="WAV", help="a recording to continue")
     parser.add_argument("--prompt-seconds", type=float, metavar="S", help="use its first S seconds")
     parser.add_argument("--resynthesize", metavar="WAV", help="repeat its semantic tokens anew")
-    parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most (10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="new audio at most (10)"
+    )
+    parser.add_argument("--min-seconds", type=float, default=0.0, metavar="S", help="at least (0)")
     parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
     parser.add_argument(
@@ -90,6 +93,11 @@ def check_request(arguments: Namespace) -> None:
         raise ValueError("--prompt continues a recording, --resynthesize repeats it: choose one")
     if arguments.num < 1 or not 0 < arguments.seconds < math.inf:
         raise ValueError("--num and --seconds must be positive numbers")
+    if not 0 <= arguments.min_seconds <= arguments.seconds:
+        least = f"--min-seconds {arguments.min_seconds:g}"
+        raise ValueError(f"{least}: 0 to --seconds, which is {arguments.seconds:g}")
+    if arguments.min_seconds and arguments.resynthesize:
+        raise ValueError("--min-seconds has no part in --resynthesize: the recording says how long")
     if arguments.prompt_seconds is not None:
         if not source:
             raise ValueError("--prompt-seconds needs --prompt or --resynthesize")

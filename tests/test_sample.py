@@ -94,6 +94,21 @@ def test_unprompted_clips_have_their_own_lengths_and_repeat(world, tmp_path):
     assert (read(alone[0]) == read(files[2])).all()
 
 
+@pytest.mark.parametrize("stages", [("semantic", "coarse", "fine"), ("semantic", "acoustic")])
+def test_no_clip_ends_before_the_seconds_asked_for(stages, world, tmp_path):
+    """Across windows, too: the stages know 1 s."""
+    words = ("--num", 5, "--seconds", 2.5, "--seed", 7)
+    lengths = [len(read(file)) for file in run(world, tmp_path / "a.wav", *words, stages=stages)]
+    later = run(world, tmp_path / "b.wav", *words, "--min-seconds", 2, stages=stages)
+    later = [len(read(file)) for file in later]
+    assert min(lengths) < 1.9 * RATE
+    assert min(later) >= 2 * RATE - 2 * HOP  # the acoustic stages may leave out two frames
+    assert max(later) <= 2.5 * RATE
+    for length, least in zip(lengths, later, strict=True):
+        if length >= 2 * RATE:
+            assert length == least  # what ends later anyway is the same
+
+
 def test_a_continuation_keeps_its_prompt(world, tmp_path):
     save_wav(tmp_path / "x.flac", 0.93, rate=44_100, channels=2)
     prompt = ("--prompt", tmp_path / "x.flac", "--prompt-seconds", 0.5)
@@ -134,6 +149,8 @@ def test_greedy_options_per_stage(world, tmp_path):
         ([], ("semantic", "coarse", "fine", "acoustic"), "--coarse has no part"),
         (["--num", 0], ("semantic", "acoustic"), "must be positive"),
         (["--seconds", "inf"], ("semantic", "acoustic"), "must be positive"),
+        (["--min-seconds", 11], ("semantic", "acoustic"), "--min-seconds 11: 0 to --seconds"),
+        (["--min-seconds", 1, "--resynthesize", "x"], ("coarse", "fine"), "has no part"),
         (["--prompt-seconds", 1], ("semantic", "acoustic"), "needs --prompt"),
         (["--prompt", "x", "--prompt-seconds", -1], ("semantic", "acoustic"), "must be a positive"),
         (["--device", "nowhere"], ("semantic", "acoustic"), "--device nowhere: cannot be used"),

@@ -180,6 +180,11 @@ def test_tokens_without_timing_reach_no_further_than_one_context(
     assert [path.name for path in tmp_path.iterdir()] == ["x.wav"]
 
 
+def test_tokens_without_timing_have_no_least_seconds(collapsed, tmp_path):
+    with pytest.raises(ValueError, match="--min-seconds needs to know when each token"):
+        module.sample(parse(collapsed, "--min-seconds", 0.5, "--out", tmp_path / "y.wav"))
+
+
 def test_runs_with_and_without_repeats_do_not_mix(rated, collapsed, tmp_path):
     words = ("--semantic", collapsed / "semantic", "--out", tmp_path / "y.wav")
     arguments = parse(rated[0], *words, stages=("acoustic",))
