@@ -28,7 +28,7 @@ TILES = {
     1 << 30: ((64, 64, 128, 4, 4), (128, 64, 64, 8, 4)),
 }
 ROOM = 200 * 1024  # bytes of shared memory that TILES count on; with less there are 2 in flight
-KEYS = (64, 4, 2)  # at a time (half in fp32), warps, loads in flight of `_attend`
+KEYS = (16 * 1024, 4, 2)  # bytes of keys at a time, warps, loads in flight of `_attend`
 SPLITS = 16  # programs that share the keys of a clip, if there are programs too few
 PROGRAMS = 256  # enough of them
 AHEAD_KEYS = tl.constexpr(128)  # that a program of `_attend` fetches before it knows the queries
@@ -342,6 +342,11 @@ def add_linear(onto: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return sums
 
 
+def keys_of(half: int, size: int) -> int:
+    """Keys of 2 x half numbers of `size` bytes that `_attend` takes at a time."""
+    return max(16, min(128, KEYS[0] // (2 * half * size)))
+
+
 def attend_new(
     qkv: Tensor,
     angles: tuple[Tensor, Tensor],
@@ -367,8 +372,8 @@ def attend_new(
     if num_parts > 1:
         parts = qkv.new_empty(B * G, num_parts, shared, D, dtype=torch.float32)
         lse = parts.new_empty(B * G, num_parts, shared)
-    keys, warps, stages = KEYS[0] // (qkv.element_size() // 2), *KEYS[1:]
     M, HALF = max(16, triton.next_power_of_2(shared)), max(16, triton.next_power_of_2(half))
+    keys, warps, stages = keys_of(HALF, qkv.element_size()), *KEYS[1:]
     ahead = runs_ahead(qkv)
     _attend[(B * G, num_parts)](
         qkv, *angles, *(gains or (qkv, qkv)), k, v, place, first, out, parts, lse, num_done,

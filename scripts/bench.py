@@ -1,9 +1,10 @@
 """How fast, and beside what: `attend` one attention call, `train` a step of a recipe, `data` its
 loader, `learn` what its variants learn over steps and seconds, `scale` steps on several processes,
-`sample` the stages of sampling; `readme` puts benchmarks/*.json into the README. Each is in a file
-of its name."""
+`sample` the stages of sampling; `curve` what runs have learned; `readme` puts all that into the
+README and docs/RESULTS.md. Each is in a file of its name."""
 
 from scripts.bench_attend import add_attend_options
+from scripts.bench_curve import add_curve_options
 from scripts.bench_data import add_data_options
 from scripts.bench_learn import add_learn_options
 from scripts.bench_readme import add_readme_options
@@ -25,7 +26,8 @@ EXAMPLES = """\
   python -m scripts.bench scale --config configs/coarse_270m.yaml --processes 2 --steps 200
   python -m scripts.bench data --config configs/coarse_small.yaml data.tokens=tokens/mine
   python -m scripts.bench learn --config configs/coarse_small.yaml data.tokens=tokens/mine \\
-      --compare "AdamW: optim.muon_lr=0" --seeds 0 1 2 --plot muon.svg --out muon.json"""
+      --compare "AdamW: optim.muon_lr=0" --seeds 0 1 2 --plot muon.svg --out muon.json
+  python -m scripts.bench curve runs/semantic runs/coarse --out curves.json"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
         commands.add_parser("scale", help="a recipe's steps on one and several processes")
     )
     add_sample_options(commands.add_parser("sample", help="steps of stages, all stages in a row"))
-    add_readme_options(commands.add_parser("readme", help="benchmarks/*.json as README tables"))
+    add_curve_options(commands.add_parser("curve", help="validation losses of runs"))
+    pages = "benchmarks/*.json as tables of README.md and docs/RESULTS.md"
+    add_readme_options(commands.add_parser("readme", help=pages))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

@@ -1,42 +1,56 @@
-"""The README's performance section, out of the JSON files that the other commands wrote."""
+"""The tables of README.md and docs/RESULTS.md, out of the JSON files that the other commands wrote.
+
+A table stands where a comment names its file, whole or some of its rows:
+
+    <!-- benchmarks/train.json: as configured; plain kernels -->
+    <!-- end -->
+"""
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from configs.files import atomic_write
 
-BEGIN = "<!-- written by `python -m scripts.bench readme`, from benchmarks/*.json -->"
-END = "<!-- end of the benchmarks -->"
+PAGES = ("README.md", "docs/RESULTS.md")
+TABLE = re.compile(r"<!-- (benchmarks/\w+\.json)(?:: ([^\n]*?))? -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def section(file: Path) -> str:
-    """What, where, how to measure it again, and the table, as Markdown."""
-    found = json.loads(file.read_text())
+def section(file: str, names: str | None) -> str:
+    """What, where, how to measure it again, and the table, as Markdown. names: of rows, with ; in
+    between. ValueError: there is no such row."""
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
     heading, *rows = found["table"]
+    if names is not None:
+        wanted = [name.strip() for name in names.split(";")]
+        if unknown := {*wanted} - {row[0] for row in rows}:
+            raise ValueError(f"{file}: no row is named {min(unknown)!r}")
+        rows = [row for row in rows if row[0] in wanted]
     rule = ["---", *["---:"] * (len(heading) - 1)]
     lines = ["| " + " | ".join(cells) + " |" for cells in (heading, rule, *rows)]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    where = f"{found['device']}, {versions}, commit {found['commit']}, `{file.as_posix()}`:"
+    where = f"{found['device']}, {versions}, commit {found['commit']}, `{file}`:"
     return "\n".join([where, "", f"    {found['command']}", "", *lines])
 
 
-def with_benchmarks(readme: str, files: list[Path]) -> str:
-    """The README with its section replaced. ValueError: it has no such section."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f'README.md: no "{BEGIN}" followed by "{END}"; put them back')
-    return "\n\n".join([before + BEGIN, *map(section, files), END + after])
+def with_tables(page: str) -> str:
+    """The page with every table as its file has it."""
+
+    def fill(found: re.Match) -> str:
+        begin = found[0].partition("\n")[0]
+        return "\n\n".join([begin, section(found[1], found[2]), "<!-- end -->"])
+
+    return TABLE.sub(fill, page)
 
 
 def bench_readme(parsed: argparse.Namespace) -> None:
-    files = sorted(Path("benchmarks").glob("*.json"))
-    path = Path("README.md")
-    text = with_benchmarks(path.read_text(encoding="utf-8"), files)
-    with atomic_write(path) as file:
-        file.write(text)
-    print(f"{path}: {len(files)} tables of benchmarks/")
+    for name in PAGES:
+        page = Path(name).read_text(encoding="utf-8")
+        made = with_tables(page)
+        with atomic_write(Path(name)) as file:
+            file.write(made)
+        print(f"{name}: {len(TABLE.findall(made))} tables of benchmarks/")
 
 
 def add_readme_options(parser: argparse.ArgumentParser) -> None:

@@ -130,7 +130,9 @@ def report(
     more: rows are to come, and the table waits for them; what is lost before then loses no row.
     """
     device = torch.device(parsed.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # facts may say that it was elsewhere
     where = environment(device)
+    where |= {key: facts.pop(key) for key in where if key in facts}
     if parsed.out:
         words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
         command = f"python -m scripts.{shlex.join(words)}"

@@ -7,6 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokens import write_tokens
@@ -300,29 +301,69 @@ def test_learn_tells_why_a_run_failed(tokens):
         bench.main(command)
 
 
-def test_the_readme_shows_what_the_files_say(tmp_path, monkeypatch):
+def test_the_pages_show_what_the_files_say(monkeypatch):
     root = Path(bench.__file__).parents[1]
     monkeypatch.chdir(root)
-    readme, files = Path("README.md").read_text(), sorted(Path("benchmarks").glob("*.json"))
-    assert files
-    assert bench_readme.with_benchmarks(readme, files) == readme, "run scripts.bench readme"
+    results = Path("docs/RESULTS.md").read_text()
+    for page in bench_readme.PAGES:
+        text = Path(page).read_text()
+        assert bench_readme.with_tables(text) == text, "run scripts.bench readme"
+    shown = {found[1] for found in bench_readme.TABLE.finditer(results) if not found[2]}
+    assert shown == {str(path) for path in Path("benchmarks").glob("*.json")}
+    for picture in Path("benchmarks").glob("*.svg"):
+        assert f"(../{picture})" in results
+
+
+def test_a_table_stands_where_its_file_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     found = {
         "command": "python -m scripts.bench x",
         "device": "abacus",
         "versions": {"torch": "2"},
         "commit": "abc",
-        "table": [["", "ms"], ["ours", "1.0"]],
+        "table": [["", "ms"], ["ours", "1.0"], ["ours", "2.0"], ["theirs", "9.0"]],
     }
-    (tmp_path / "x.json").write_text(json.dumps(found))
-    text = f"Before\n\n{bench_readme.BEGIN}\nold\n{bench_readme.END}\n\nAfter"
-    made = bench_readme.with_benchmarks(text, [tmp_path / "x.json"])
-    assert "abacus, torch 2, commit abc" in made
-    assert "|  | ms |\n| --- | ---: |\n| ours | 1.0 |" in made
-    assert made.startswith("Before")
-    assert made.endswith("After")
-    assert "old" not in made
-    with pytest.raises(ValueError, match="put them back"):
-        bench_readme.with_benchmarks("nothing", [])
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "x.json").write_text(json.dumps(found))
+    (tmp_path / "docs").mkdir()
+    text = "Before\n\n<!-- benchmarks/x.json{} -->\nold\n<!-- end -->\n\nAfter"
+    (tmp_path / "README.md").write_text(text.format(": ours"))
+    (tmp_path / "docs" / "RESULTS.md").write_text(text.format("") + text.format(": theirs"))
+    for _ in range(2):  # the second time changes nothing
+        bench.main(["readme"])
+        readme, results = (Path(name).read_text() for name in bench_readme.PAGES)
+        assert "abacus, torch 2, commit abc" in readme
+        assert "|  | ms |\n| --- | ---: |\n| ours | 1.0 |\n| ours | 2.0 |\n\n<!--" in readme
+        assert readme.startswith("Before\n\n<!-- benchmarks/x.json: ours -->\n\nabacus")
+        assert readme.endswith("<!-- end -->\n\nAfter")
+        assert "old" not in readme + results
+        assert (results.count("| theirs |"), results.count("| ours |")) == (2, 2)
+    assert "docs/RESULTS.md: 2 tables" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"x\.json: no row is named 'mine'"):
+        bench_readme.with_tables(text.format(": ours; mine"))
+
+
+def test_curve_shows_what_runs_learned(tmp_path, capsys, tokens):
+    from train import train
+
+    words = ["train.steps=4", "train.valid_every=1", "train.save_every=4", f"data.tokens={tokens}"]
+    config = load_config(RunConfig, RECIPE, [*SMALL, *words, f"out={tmp_path / 'coarse'}"])
+    train(config)
+    bench.main(["curve", str(tmp_path / "coarse"), "--out", str(tmp_path / "curves.json")])
+    found = json.loads((tmp_path / "curves.json").read_text())
+    (row,) = found["rows"]
+    assert [step for step, *_ in row["curve"]] == [1, 2, 3, 4]
+    assert row["uniform"]["nats"] == pytest.approx([np.log(16)] * 2)
+    assert row["config"]["train"]["steps"] == 4
+    assert found["commit"]
+    shown = found["table"][1]
+    assert (shown[0], shown[1]) == ("coarse", "2.77 (400)")
+    last = row["curve"][-1]
+    assert shown[6] == f"{last[2]:.2f} ({row['bits'][-1]:.0f}) at 4"
+    assert shown[3].endswith("at 1")
+    assert "bits per second" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"no log\.jsonl in it"):
+        bench.main(["curve", str(tmp_path)])
 
 
 def test_sample_times_every_stage_and_all_in_a_row(tmp_path, capsys):

@@ -208,7 +208,7 @@ def test_examples_of_train_load():
         load_config(RunConfig, ROOT / recipe, [word for word in words if "=" in word])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/TROUBLESHOOTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/TROUBLESHOOTING.md", "docs/RESULTS.md"])
 def test_commands_and_links_of_a_page_are_real(page):
     """Commands between backticks and in indented or fenced lines: module, flags, keys, recipes."""
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")

@@ -46,7 +46,7 @@ TYPES = (
 )
 FILTERS = {"GREEDY": False, "TOP_K": True, "TOP_P": True, "MIN_P": True}
 COMPILED = {  # kernel -> its constants
-    "_attend": {"NORM": True, "PARTS": 16, "M": 16, "N": 64, "HALF": 64, "LINE": 64},
+    "_attend": {"NORM": True, "PARTS": 16, "M": 16, "LINE": 64},
     "_begin": {"C": 1024, "HALF": 64},
     "_draw": {**FILTERS, "EMPTY": -2, "IGNORE": -1, "PAD": 0, "C": 2048},
 }
@@ -84,10 +84,15 @@ def check_compiled(name, constants, capability, bits, num_warps, num_stages):
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize(("capability", "bits"), [(86, 32), (90, 16), (120, 16)])
 def test_kernels_compile_for_gpus_that_are_not_here(name, capability, bits):
-    constants = COMPILED[name]
-    if bits == 32 and name == "_attend":
-        constants = constants | {"N": 32}
-    check_compiled(name, constants, capability, bits, num_warps=4, num_stages=2)
+    from model import decode_triton
+
+    variants, (_, warps, stages) = [COMPILED[name]], decode_triton.KEYS
+    if name == "_attend":
+        halves = {half: decode_triton.keys_of(half, bits // 8) for half in (16, 32, 64)}
+        assert halves == ({16: 128, 32: 64, 64: 32} if bits == 32 else {16: 128, 32: 128, 64: 64})
+        variants = [COMPILED[name] | {"HALF": half, "N": n} for half, n in halves.items()]
+    for constants in variants:
+        check_compiled(name, constants, capability, bits, warps, stages)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
