@@ -36,7 +36,9 @@ from data.baselines import token_rates
 from data.dataset import Batch, TrainBatches, ValidBatches, collate, make_loader, mix
 from data.shards import TokenFolder, semantic_rate
 from model.backends import capability_of, choose_packing, let_segments_grow, resolve
+from model.backward import Backward, Sizes, choose_captured
 from model.checkpoint import (
+    check_same_data,
     find_checkpoint,
     list_checkpoints,
     load_training,
@@ -76,13 +78,16 @@ EXAMPLES = """\
 # with another kernel or other micro-batches, the rounding)
 CHANGEABLE = re.compile(
     r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*|tensorboard"
-    r"|train\.(steps|num_micro_batches|kernels|num_kept|num_samples|sample_seconds|.*_every)"
+    r"|train\.(steps|num_micro_batches|kernels|captured|num_kept|num_samples|sample_seconds|.*_every)"
 )
 
 
-def encode(spec: StageSpec, collapse: bool, packed: bool, batch: Batch) -> Sequences:
+def encode(
+    spec: StageSpec, collapse: bool, packed: bool, sizes: Sizes | None, batch: Batch
+) -> Sequences:
     """A Batch -> its Sequences; run by the loader, off the training loop."""
-    return spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse, packed)
+    found = spec.sequences(batch.semantic, batch.codes, batch.starts, batch.ends, collapse, packed)
+    return sizes.fill(found) if sizes else found
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -114,20 +119,20 @@ class Training:
         collapse = config.data.collapse_semantic
         self.rates = token_rates(self.folder, self.spec.codebook_names, collapse)
         dtype = torch.bfloat16 if process.mixed_precision == "bf16" else torch.float32
-        head_dim, backend = config.model.head_dim, config.attention.backend
-        uses_dropout = config.model.dropout > 0
-        self.attention = resolve(process.device, dtype, head_dim, backend, has_dropout=uses_dropout)
-        filled = self.train_batches().filled
-        self.packed = choose_packing(
-            config.data.packed, filled, self.attention, process.device.type, head_dim
-        )
-        kind, capability = process.device.type, capability_of(process.device)
-        self.kernels = choose_kernels(config.train.kernels, kind, capability)
+        device, kind, head_dim = process.device, process.device.type, config.model.head_dim
+        backend, uses = config.attention.backend, {"has_dropout": config.model.dropout > 0}
+        self.attention = resolve(device, dtype, head_dim, backend, **uses)
+        filled, packed = self.train_batches().filled, config.data.packed
+        self.packed = choose_packing(packed, filled, self.attention, kind, head_dim)
+        self.kernels = choose_kernels(config.train.kernels, kind, capability_of(device))
+        self.captured = choose_captured(config.train.captured, kind, process.num_processes)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
         self.optimizer = make_optimizer(self.stage, config.optim, muon_lr=config.optim.muon_lr)
         self.stage.transformer.use_kernels(self.kernels[0])
         self.model, self.updater = process.prepare(self.stage, self.optimizer)
+        how = self.captured[0], not self.packed[0] and config.train.num_micro_batches == 1
+        self.backward = Backward(self.stage, self.nats_of, process.backward, *how)
         self.ema = EMA(self.stage, config.optim.ema_decay) if config.optim.ema_decay else None
         decodes = config.train.sample_every and config.stage != "semantic"
         self.codec = preview_codec(codec, process.device) if decodes else None
@@ -144,19 +149,7 @@ class Training:
     def load(self, found: Path) -> None:
         """Continue from a checkpoint. ValueError if it is not one of this configuration's."""
         state = read_state(found)
-        for kind in ("codec", "semantic"):
-            ours, theirs = self.folder.header[kind], state["tokenizers"][kind]
-            if ours["fingerprint"] != theirs["fingerprint"]:
-                raise ValueError(
-                    f"{found} was trained on tokens of the {kind} tokenizer {theirs['name']} "
-                    f"({theirs['fingerprint']}), but {self.config.data.tokens} holds those of "
-                    f"{ours['name']} ({ours['fingerprint']}); set data.tokens or out"
-                )
-        if state["totals"] != self.folder.header["totals"]:
-            raise ValueError(
-                f"{found} was trained on other recordings than {self.config.data.tokens} holds; "
-                "set data.tokens to what it was, or out to a new run"
-            )
+        check_same_data(found, state, self.folder.header, self.config.data.tokens)
         check_same_config(self.out / "config.yaml", self.config, CHANGEABLE)
         load_training(found, self.stage, self.optimizer, self.ema)
         self.step, self.best_step = state["step"], state["best_step"]
@@ -169,12 +162,15 @@ class Training:
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         """(endless micro-batches from the current step on, the whole validation split)."""
         train, data, process = self.config.train, self.config.data, self.process
-        transform = partial(encode, self.spec, data.collapse_semantic, self.packed[0])
+        how = (data.collapse_semantic, self.packed[0])
         share = {"rank": process.process_index, "world": process.num_processes}
         batches = self.train_batches(num_micro=train.num_micro_batches, **share)
         size = train.batch_size // (process.num_processes * train.num_micro_batches)
         valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
-        return make_loader(batches, data.num_workers, transform), make_loader(valid, 0, transform)
+        longest = self.spec.longest(*batches.longest, self.packed[0])
+        sizes = Sizes(size, longest) if self.captured[0] else None
+        filled, ragged = (partial(encode, self.spec, *how, s) for s in (sizes, None))
+        return make_loader(batches, data.num_workers, filled), make_loader(valid, 0, ragged)
 
     def train_batches(self, **share: int) -> TrainBatches:
         """What a share of the processes and micro-batches trains on from the current step on."""
@@ -214,8 +210,12 @@ class Training:
         gives the lock away in `destroy_process_group`, but not where DistributedDataParallel holds
         the last reference: one exit in ten hung.
         """
-        self.model = self.updater = self.hosts = None
+        self.model = self.updater = self.hosts = self.backward = None
         self.process.free_memory()
+
+    def nats_of(self, batch: Sequences) -> torch.Tensor:
+        with self.process.autocast():  # which prepare() leaves out where weights are sharded
+            return self.model(batch)  # [K]
 
     def update(self, micro_batches: list[Sequences]) -> torch.Tensor:
         """One optimiser step on this process's micro-batches; returns the gradient's norm.
@@ -237,18 +237,18 @@ class Training:
         for n, batch in enumerate(micro_batches):
             last = n == len(micro_batches) - 1
             with contextlib.nullcontext() if last else process.no_sync(self.model):
-                with process.autocast():  # which prepare() leaves out where weights are sharded
-                    nats.append(self.model(batch.to(process.device)))
                 # DistributedDataParallel takes the mean over processes: undo it
-                process.backward(nats[-1].sum() * (process.num_processes / total))
+                share = process.num_processes / total
+                nats.append(self.backward(batch.to(process.device), share, first=n == 0))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = whole(get_total_norm(gradients))
         skip = self.guard.judge(norm, self.step)
-        self.meter.add(sum(nats).detach(), micro_batches, skip)
+        self.meter.add(sum(nats), micro_batches, skip)
         self.optimizer.grad_scale = (norm / self.config.optim.clip_norm).clamp(min=1)
         self.optimizer.found_inf = skip
         self.updater.step()
-        self.updater.zero_grad()
+        if not self.captured[0]:
+            self.updater.zero_grad()
         if self.ema is not None:
             self.ema.update(self.stage)
         self.step += 1

@@ -83,6 +83,7 @@ class TrainConfig:
     num_micro_batches: int = 1  # gradient accumulation: same result, less memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the GPU has it
     kernels: Literal["auto", "plain", "compiled", "triton"] = "auto"  # between matrix products
+    captured: bool | None = None  # passes as CUDA graphs; None: on one GPU
     seed: int = 0
     log_every: int = 20
     valid_every: int = 500

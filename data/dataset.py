@@ -191,6 +191,16 @@ class TrainBatches(_Windows):
         frames = [min(clip.num_frames, self.crop_frames) for clip in self.clips]
         return sum(frames) / (len(frames) * max(frames))
 
+    @property
+    def longest(self) -> tuple[int, int]:
+        """How many semantic tokens and frames a crop has at most."""
+        frames = max(min(clip.num_frames, self.crop_frames) for clip in self.clips)
+        ends = (  # the last window of a clip takes all tokens that are left
+            clip.num_semantic - int(max(0, clip.num_frames - frames) * self.rate)
+            for clip in self.clips
+        )
+        return max(ceil(frames * self.rate) + 1, *ends), frames
+
     def batches(self) -> Iterator[Iterable[Window]]:
         for step in count(self.start_step):
             for micro in range(self.num_micro):

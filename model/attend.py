@@ -33,11 +33,13 @@ KERNELS = {
 class Segments:
     """Clips one after another in a row of M places, each of which attends to itself alone.
 
-    `lengths` of the clips, which make M; `bounds` [n + 1] int32, where each begins, on the device.
+    `lengths` of the clips, which make M, none more than `longest`; `bounds` [n + 1] int32, where
+    each begins, on the device. (A GPU reads the last two alone.)
     """
 
     lengths: tuple[int, ...]
     bounds: Tensor
+    longest: int
 
 
 class Attend(nn.Module):
@@ -95,7 +97,7 @@ class Attend(nn.Module):
             pieces = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
             return torch.cat([self(*piece) for piece in pieces], dim=2)
         q, k, v = (rearrange(x, "1 h m d -> m h d") for x in (q, k, v))
-        ends, sizes = (segments.bounds, segments.bounds), [max(segments.lengths)] * 2
+        ends, sizes = (segments.bounds, segments.bounds), [segments.longest] * 2
         dropout = self.dropout if self.training else 0.0
         flash = torch.ops.aten._flash_attention_forward  # varlen_attn is this without dropout
         out = flash(q, k, v, *ends, *sizes, dropout, self.causal, False)[0]

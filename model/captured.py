@@ -34,7 +34,9 @@ class Captured:
         if variant not in self.graphs:
             held = {name: value.clone() for name, value in inputs.items()}
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # a loader's thread, which pins memory meanwhile, is not to be captured
+            how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **how):
                 outputs = self.function(variant, **held)
             self.graphs[variant] = (graph, held, outputs)
         graph, held, outputs = self.graphs[variant]

@@ -210,6 +210,24 @@ def load_stage(
     return stage.sampled_in(dtype).to(device).eval(), {**state, "path": str(folder)}
 
 
+def check_same_data(found: Path, state: dict, header: dict, tokens: str) -> None:
+    """ValueError: the checkpoint was trained on other tokens than the folder `tokens`, which has
+    this header, holds."""
+    for kind in ("codec", "semantic"):
+        ours, theirs = header[kind], state["tokenizers"][kind]
+        if ours["fingerprint"] != theirs["fingerprint"]:
+            raise ValueError(
+                f"{found} was trained on tokens of the {kind} tokenizer {theirs['name']} "
+                f"({theirs['fingerprint']}), but {tokens} holds those of {ours['name']} "
+                f"({ours['fingerprint']}); set data.tokens or out"
+            )
+    if state["totals"] != header["totals"]:
+        raise ValueError(
+            f"{found} was trained on other recordings than {tokens} holds; set data.tokens to what "
+            "it was, or out to a new run"
+        )
+
+
 def check_same_tokens(states: dict[str, dict[str, Any]]) -> None:
     """ValueError if checkpoints ({run: state}) do not agree on what the tokens are."""
     (first, reference), *others = states.items()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PAD, START, MIDDLE = 0, 1, 2
@@ -42,8 +43,9 @@ class Sequences:
 
     ids [B,N,S] global input ids, positions [B,N] of their places. For head k, `places[k]` [M_k] are
     the places, counted over the flattened [B*N], whose next token head k predicts, and `targets[k]`
-    [M_k] its local classes. `lengths` counts each clip's places; `bounds` [clips + 1], int32, where
-    the clips begin in a packed row, None in a padded batch.
+    [M_k] its local classes, `counts[k]` of them not IGNORE. `lengths` counts each clip's places,
+    none of them more than `longest`; `bounds` [clips + 1], int32, where the clips begin in a packed
+    row, None in a padded batch.
     """
 
     ids: Tensor
@@ -51,6 +53,8 @@ class Sequences:
     places: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    longest: int
     bounds: Tensor | None = None
 
     @property
@@ -60,7 +64,13 @@ class Sequences:
 
     @property
     def num_targets(self) -> int:
-        return sum(t.numel() for t in self.targets)
+        return sum(self.counts)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """The lengths that make a packed row: of its clips, and of what is filled in."""
+        rest = self.positions.shape[1] - self.num_places
+        return (*self.lengths, rest) if rest else self.lengths
 
     @property
     def context(self) -> float:
@@ -72,7 +82,46 @@ class Sequences:
     def without_targets(self) -> "Sequences":
         """The same places, of which nothing is asked or counted."""
         nothing = tuple(t[:0] for t in self.targets)
-        return replace(self, places=nothing, targets=nothing)
+        return replace(self, places=nothing, targets=nothing, counts=(0,) * len(nothing))
+
+    def filled(self, num_places: int, rooms: list[int], longest: int) -> "Sequences":
+        """The same clips, a row filled up to num_places, what head k predicts to rooms[k]."""
+        N = self.positions.shape[1]
+        more, pairs = num_places - N, zip(self.targets, rooms, strict=True)
+        rooms = [room - len(targets) for targets, room in pairs]
+        places = zip(
+            (t + t // N * more for t in self.places), rooms, strict=True
+        )  # rows are longer
+        targets = zip(self.targets, rooms, strict=True)
+        bounds = None if self.bounds is None else F.pad(self.bounds, (0, 1), value=num_places)
+        return replace(
+            self,
+            ids=F.pad(self.ids, (0, 0, 0, more), value=PAD),
+            positions=F.pad(self.positions, (0, more)),
+            places=tuple(F.pad(t, (0, n)) for t, n in places),
+            targets=tuple(F.pad(t, (0, n), value=IGNORE) for t, n in targets),
+            longest=longest,
+            bounds=bounds,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        found = {"ids": self.ids, "positions": self.positions, "bounds": self.bounds}
+        found |= {f"places{k}": places for k, places in enumerate(self.places)}
+        found |= {f"targets{k}": targets for k, targets in enumerate(self.targets)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Sequences":
+        """Others of the same names in their place."""
+        heads = range(len(self.targets))
+        return replace(
+            self,
+            ids=tensors["ids"],
+            positions=tensors["positions"],
+            places=tuple(tensors[f"places{k}"] for k in heads),
+            targets=tuple(tensors[f"targets{k}"] for k in heads),
+            bounds=tensors.get("bounds"),
+        )
 
     def to(self, device: torch.device | str) -> "Sequences":
         return self._map(lambda t: t.to(device, non_blocking=True))
@@ -82,14 +131,7 @@ class Sequences:
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Sequences":
-        return replace(
-            self,
-            ids=move(self.ids),
-            positions=move(self.positions),
-            places=tuple(map(move, self.places)),
-            targets=tuple(map(move, self.targets)),
-            bounds=None if self.bounds is None else move(self.bounds),
-        )
+        return self.with_tensors({name: move(t) for name, t in self.tensors().items()})
 
 
 @dataclass(frozen=True)
@@ -246,7 +288,9 @@ class Layout:
             positions[row, : len(clip_ids)] = self.positions(clip_ids)
             targets[row, : len(clip_targets)] = clip_targets
         lengths = tuple(len(clip_ids) for clip_ids, _ in encoded)
-        return Sequences(ids, positions, *self._listed(targets.flatten(0, 1)), lengths)
+        places, targets = self._listed(targets.flatten(0, 1))
+        counts = tuple(map(len, targets))
+        return Sequences(ids, positions, places, targets, lengths, counts, N)
 
     def pack(self, encoded: list[tuple[Tensor, Tensor]]) -> Sequences:
         """The same clips in one row, without padding."""
@@ -254,8 +298,10 @@ class Layout:
         positions = torch.cat([self.positions(clip_ids) for clip_ids, _ in encoded])  # [M]
         lengths = tuple(len(clip_ids) for clip_ids, _ in encoded)
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        listed = self._listed(targets)
-        return Sequences(ids[None], positions[None].float(), *listed, lengths, bounds)
+        row, longest = (ids[None], positions[None].float()), max(lengths)
+        places, targets = self._listed(targets)
+        counts = tuple(map(len, targets))
+        return Sequences(*row, places, targets, lengths, counts, longest, bounds)
 
     def _listed(self, targets: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """targets [M,K] -> for each head the places that it predicts from, and their classes."""

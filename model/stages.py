@@ -17,7 +17,7 @@ from configs.schema import ModelConfig
 from model.attend import Segments
 from model.backends import AttentionChoice
 from model.kv_cache import KVCache
-from model.layouts import PAD, Layout, Sequences
+from model.layouts import IGNORE, PAD, Layout, Sequences
 from model.transformer import Transformer
 
 STAGES = ("semantic", "coarse", "fine", "acoustic")
@@ -71,6 +71,12 @@ class StageSpec:
             clip = self.streams(tokens, frames)
             encoded.append(self.layout.encode(*clip, bool(starts[row]), bool(ends[row])))
         return self.layout.pack(encoded) if packed else self.layout.collate(encoded)
+
+    def longest(self, num_semantic: int, num_frames: int, packed: bool) -> Sequences:
+        """A batch of one clip than which none is longer, that has at most so many."""
+        semantic = torch.zeros(1, num_semantic, dtype=torch.long)
+        codes = torch.zeros(1, max(1, self.codebooks[1]), num_frames, dtype=torch.long)
+        return self.sequences(semantic, codes, *torch.ones(2, 1, dtype=torch.bool), packed=packed)
 
 
 def stage_spec(
@@ -178,7 +184,7 @@ class Stage(nn.Module):
         """
         segments = None
         if batch.bounds is not None:
-            segments = Segments(batch.lengths, batch.bounds)
+            segments = Segments(batch.segments, batch.bounds, batch.longest)
         hidden = self.hidden(batch.ids, batch.positions, segments=segments)
         hidden = hidden.flatten(0, 1)  # [B,N,dim] -> [B*N,dim]
         if self.layout.pattern == "flatten":  # one for all heads: its gradient is filled once
@@ -187,7 +193,7 @@ class Stage(nn.Module):
         else:  # places repeat, and sums of their gradients would come in any order on a GPU
             chosen = [hidden.index_select(0, places) for places in batch.places]
         nats = [
-            F.cross_entropy(_logits(head, x), targets, reduction="sum")
+            F.cross_entropy(_logits(head, x), targets, ignore_index=IGNORE, reduction="sum")
             for head, x, targets in zip(self.heads, chosen, batch.targets, strict=True)
         ]
         return torch.stack(nats)

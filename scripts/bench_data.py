@@ -35,7 +35,7 @@ def time_loader(config: RunConfig, num_workers: int, packed: bool, num_batches: 
         batch_size_global=config.train.batch_size,
         num_micro=config.train.num_micro_batches,
     )
-    transform = partial(encode, spec, config.data.collapse_semantic, packed)
+    transform = partial(encode, spec, config.data.collapse_semantic, packed, None)
     loader = iter(make_loader(batches, num_workers, transform))
     for _ in islice(loader, 2 * max(1, num_workers)):
         pass

@@ -60,8 +60,6 @@ def run_steps(run: Any, num_steps: int) -> dict:
     norm.item()  # waits for all that the device still has to do
     run.meter, losses = Meter(run.spec.layout.num_codebooks, process.device), []
     started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     for step in range(num_steps):
         asked = time.perf_counter()
         micro = [next(batches) for _ in range(num_micro)]

@@ -84,7 +84,7 @@ class Meter:
         self, nats: torch.Tensor, batches: list[Sequences], skip: torch.Tensor | None = None
     ) -> None:
         """nats [K], summed over `batches`; skip [] 1.0: the step does not count."""
-        counts = [[*(len(t) for t in batch.targets), batch.num_places] for batch in batches]
+        counts = [[*batch.counts, batch.num_places] for batch in batches]
         counts = torch.tensor(counts).sum(dim=0)
         if skip is None:
             self.nats, self.counts = self.nats + nats, self.counts + counts
@@ -183,7 +183,10 @@ def start_line(run: Any) -> dict:
         **{name: asdict(b) for name, b in baselines(run.folder, names, collapse).items()},
         "attention": str(run.attention),
         "kernels": "{} ({})".format(*run.kernels),
-        "packed": f"{'yes' if run.packed[0] else 'no'} ({run.packed[1]})",
+        **{
+            name: f"{'yes' if chosen else 'no'} ({why})"
+            for name, (chosen, why) in (("packed", run.packed), ("captured", run.captured))
+        },
         **environment(run.process.device),
     }
 
@@ -195,6 +198,7 @@ def describe_start(line: dict, run: Any) -> str:
         f"{run.config.stage}: {line['num_parameters'] / 1e6:.1f} M parameters on {line['device']}, "
         f"{'bf16' if run.process.mixed_precision == 'bf16' else 'fp32'}\n{run.attention}\n"
         f"kernels: {line['kernels']}\nclips packed: {line['packed']}\n"
+        f"captured: {line['captured']}\n"
         f"baselines: uniform {uniform:.0f} bits/s, unigram {unigram:.0f} bits/s; a model that "
         "learns goes below both"
     )

@@ -20,7 +20,8 @@ FLASH = AttentionChoice(("flash", "math"), "test")
 
 
 def segments(device="cpu"):
-    return Segments(LENGTHS, torch.tensor([0, *LENGTHS], device=device).cumsum(0).int())
+    bounds = torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
+    return Segments(LENGTHS, bounds, max(LENGTHS))
 
 
 def crops(seed=0):
@@ -85,7 +86,9 @@ def test_one_call_of_the_flash_kernel_equals_one_for_each_segment(heads):
     )
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    out = Attend(causal=True, flash=True, choice=FLASH)(q, k, v, segments=Segments(lengths, bounds))
+    out = Attend(causal=True, flash=True, choice=FLASH)(
+        q, k, v, segments=Segments(lengths, bounds, 300)
+    )
     alone = Attend(causal=True)
     pieces = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     wanted = torch.cat([alone(*piece) for piece in pieces], dim=2)
