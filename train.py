@@ -75,7 +75,7 @@ EXAMPLES = """\
 
 
 # What may differ at a resume: nothing that changes what is computed, but the number of steps (and,
-# with another kernel or other micro-batches, the rounding)
+# with another kernel, other micro-batches or sizes, the rounding and what dropout drops)
 CHANGEABLE = re.compile(
     r"out|data\.(tokens|num_workers)|attention\..*|wandb\..*|tensorboard"
     r"|train\.(steps|num_micro_batches|kernels|captured|num_kept|num_samples|sample_seconds|.*_every)"
@@ -125,7 +125,8 @@ class Training:
         filled, packed = self.train_batches().filled, config.data.packed
         self.packed = choose_packing(packed, filled, self.attention, kind, head_dim)
         self.kernels = choose_kernels(config.train.kernels, kind, capability_of(device))
-        self.captured = choose_captured(config.train.captured, kind, process.num_processes)
+        alone = process.num_processes == 1 and process.distributed_type.name != "FSDP"
+        self.captured = choose_captured(config.train.captured, kind, alone, self.packed[0], filled)
         torch.manual_seed(config.train.seed)
         self.stage = Stage(self.spec, config.model, self.attention).to(process.device)
         self.optimizer = make_optimizer(self.stage, config.optim, muon_lr=config.optim.muon_lr)
@@ -162,14 +163,13 @@ class Training:
     def loaders(self) -> tuple[DataLoader, DataLoader]:
         """(endless micro-batches from the current step on, the whole validation split)."""
         train, data, process = self.config.train, self.config.data, self.process
-        how = (data.collapse_semantic, self.packed[0])
         share = {"rank": process.process_index, "world": process.num_processes}
         batches = self.train_batches(num_micro=train.num_micro_batches, **share)
         size = train.batch_size // (process.num_processes * train.num_micro_batches)
         valid = ValidBatches(self.folder, crop_seconds=data.crop_seconds, batch_size=size, **share)
-        longest = self.spec.longest(*batches.longest, self.packed[0])
-        sizes = Sizes(size, longest) if self.captured[0] else None
-        filled, ragged = (partial(encode, self.spec, *how, s) for s in (sizes, None))
+        how = (self.spec, data.collapse_semantic, self.packed[0])
+        sizes = Sizes.of(*how, batches, size) if self.captured[0] else None
+        filled, ragged = partial(encode, *how, sizes), partial(encode, *how, None)
         return make_loader(batches, data.num_workers, filled), make_loader(valid, 0, ragged)
 
     def train_batches(self, **share: int) -> TrainBatches:

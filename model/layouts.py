@@ -56,6 +56,7 @@ class Sequences:
     counts: tuple[int, ...]
     longest: int
     bounds: Tensor | None = None
+    is_filled: bool = False  # up to a size that others have, too
 
     @property
     def num_places(self) -> int:
@@ -87,12 +88,11 @@ class Sequences:
     def filled(self, num_places: int, rooms: list[int], longest: int) -> "Sequences":
         """The same clips, a row filled up to num_places, what head k predicts to rooms[k]."""
         N = self.positions.shape[1]
-        more, pairs = num_places - N, zip(self.targets, rooms, strict=True)
-        rooms = [room - len(targets) for targets, room in pairs]
-        places = zip(
-            (t + t // N * more for t in self.places), rooms, strict=True
-        )  # rows are longer
-        targets = zip(self.targets, rooms, strict=True)
+        more = num_places - N
+        lacks = [room - len(t) for t, room in zip(self.targets, rooms, strict=True)]
+        # the places of a padded batch are counted over rows, which are longer now
+        places = zip((t + t // N * more for t in self.places), lacks, strict=True)
+        targets = zip(self.targets, lacks, strict=True)
         bounds = None if self.bounds is None else F.pad(self.bounds, (0, 1), value=num_places)
         return replace(
             self,
@@ -102,6 +102,7 @@ class Sequences:
             targets=tuple(F.pad(t, (0, n), value=IGNORE) for t, n in targets),
             longest=longest,
             bounds=bounds,
+            is_filled=True,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -191,6 +192,11 @@ class Layout:
     def target_ids(self, codes: Tensor) -> Tensor:
         """codes [K,T] -> global ids [K,T]."""
         return self._ids(codes, self.target_sizes, NUM_SPECIALS + sum(self.condition_sizes))
+
+    def places_per_frame(self, collapsed: bool = False) -> float:
+        """Of the target, at least: with its condition, unless that has lost its repeats."""
+        own = self.num_codebooks if self.pattern == "flatten" else 1
+        return own + (0 if collapsed else self.condition_rate * len(self.condition_sizes))
 
     def num_steps(self, num_frames: int) -> int:
         """Places that `num_frames` whole frames take."""

@@ -2,31 +2,38 @@
 
 import argparse
 import json
+from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
-import yaml
+import numpy as np
 
-from scripts.bench_learn import read_run
+from configs.load import load_config
+from configs.schema import RunConfig
 from scripts.bench_tools import report
+from scripts.report import read_run
 
 NUM_POINTS = 4  # of a curve, in the table
 
 
-def read_curve(run: Path) -> dict:
-    """A run's name, baselines and curve, and where it was trained. ValueError: it has none yet."""
-    log = run / "log.jsonl"
-    if not log.exists():
-        raise ValueError(f"{run}: no log.jsonl in it; pass the folder of a run of train.py")
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    if not any(line["kind"] == "valid" for line in lines):
-        raise ValueError(f"{run}: no validation yet (train.valid_every)")
-    start = next(line for line in lines if line["kind"] == "start")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    levels = {name: start[name] for name in ("uniform", "unigram")}
-    bits = [line["bits_per_second"] for line in lines if line["kind"] == "valid"]
-    where = {key: start[key] for key in ("device", "versions", "commit")}
-    found = {"name": run.name, "stage": start["stage"], **levels, **read_run(log), "bits": bits}
-    return {**found, "config": config, "where": where}
+def read_curve(folder: Path) -> dict:
+    """A run's name, baselines and curve, and where it was begun. ValueError: it has none yet."""
+    run = read_run(folder)
+    if not run.valid:
+        raise ValueError(f"{folder}: no validation yet (train.valid_every)")
+    trained = sorted(run.train)
+    steps, seconds = [0, *trained], [0.0, *accumulate(run.train[n]["seconds"] for n in trained)]
+    valid = [run.valid[step] for step in sorted(run.valid)]
+    found = {"name": folder.name, "stage": run.start["stage"]}
+    found |= {name: run.start[name] for name in ("uniform", "unigram")}
+    found["best"] = min(line["loss"] for line in valid)
+    found["curve"] = [
+        (line["step"], float(np.interp(line["step"], steps, seconds)), line["loss"])
+        for line in valid
+    ]
+    found["bits"] = [line["bits_per_second"] for line in valid]
+    found["config"] = asdict(load_config(RunConfig, folder / "config.yaml"))
+    return found | {"where": {key: run.start[key] for key in ("device", "versions", "commit")}}
 
 
 def cells(row: dict) -> list[str]:

@@ -14,7 +14,10 @@ from pathlib import Path
 from configs.files import atomic_write
 
 PAGES = ("README.md", "docs/RESULTS.md")
-TABLE = re.compile(r"<!-- (benchmarks/\w+\.json)(?:: ([^\n]*?))? -->\n.*?<!-- end -->", re.DOTALL)
+BEGIN = "<!-- benchmarks/"
+TABLE = re.compile(
+    rf"<!-- (benchmarks/\w+\.json)(?:: ([^\n]*?))? -->\n(?:(?!{BEGIN}).)*?<!-- end -->", re.DOTALL
+)
 
 
 def section(file: str, names: str | None) -> str:
@@ -35,7 +38,11 @@ def section(file: str, names: str | None) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table as its file has it."""
+    """The page with every table as its file has it. ValueError: one has lost an end of its own."""
+    whole, begun = len(TABLE.findall(page)), page.count(BEGIN)
+    if whole < begun:
+        marks = '"<!-- benchmarks/NAME.json -->" above it, "<!-- end -->" below'
+        raise ValueError(f"{whole} of {begun} tables are whole: {marks}")
 
     def fill(found: re.Match) -> str:
         begin = found[0].partition("\n")[0]

@@ -21,6 +21,7 @@ from scripts.bench_tools import WARM_UP, cells, compared, report, with_tokens
 from scripts.run_log import Meter, peak_flops
 
 LOSS_EVERY = 10  # steps
+MOST_WARM_UP = 60  # of them
 COLUMNS = {
     "milliseconds": ("ms/step", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -51,12 +52,17 @@ def alike(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def run_steps(run: Any, num_steps: int) -> dict:
-    """Figures of `num_steps` steps of a `train.Training`, after some that are not timed."""
+    """Figures of `num_steps` steps of a `train.Training`, after some that are not timed: at least
+    WARM_UP, and until as many came one after another of which nothing had to be captured."""
     process, num_micro = run.process, run.config.train.num_micro_batches
     batches, cuda = iter(run.loaders()[0]), process.device.type == "cuda"
-    began = time.perf_counter()
-    for _ in range(WARM_UP):
+    began, settled = time.perf_counter(), 0
+    for _ in range(MOST_WARM_UP):
+        before = run.backward.num_plain
         norm = run.update([next(batches) for _ in range(num_micro)])
+        settled = settled + 1 if run.backward.num_plain == before else 0
+        if settled == WARM_UP:  # no size of batch came that is not captured yet
+            break
     norm.item()  # waits for all that the device still has to do
     run.meter, losses = Meter(run.spec.layout.num_codebooks, process.device), []
     started, waited, places, padded, flops = time.perf_counter(), 0.0, 0, 0, 0
@@ -111,19 +117,21 @@ def time_steps(recipe: str, overrides: list[str], num_steps: int, index: int = 0
         return {"failed": "out of memory"}
     except ValueError as error:  # what cannot be here, the others can
         return {"failed": str(error)}
-    how = {"attention": str(run.attention), "kernels": run.kernels, "packed": run.packed}
-    return figures | how
+    how = {"attention": str(run.attention), "kernels": run.kernels}
+    return figures | how | {"packed": run.packed, "captured": run.captured}
 
 
 def variants(config: RunConfig, compare: list[str]) -> dict[str, list[str]]:
     """Name -> overrides."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    plain = ["train.kernels=plain", "train.captured=false"]
     chosen = {
         "as configured": [],
-        "plain kernels": ["train.kernels=plain"],
-        "plain kernels, padded": ["train.kernels=plain", "data.packed=false"],
+        "not captured": ["train.captured=false"],
+        "plain kernels": plain,
+        "plain kernels, padded": [*plain, "data.packed=false"],
         "plain kernels, einsum, one clip at a time": [
-            "train.kernels=plain",
+            *plain,
             "attention.backend=einsum",
             f"train.num_micro_batches={config.train.batch_size // num_processes}",
         ],

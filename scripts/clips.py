@@ -18,10 +18,11 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one per CPU")
 
 
-def add_selection_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """What `select_recordings` needs, and where the figures go."""
-    real = "folder of recordings or JSONL manifest"
-    parser.add_argument("--audio", required=required, help=real)
+def add_selection_options(parser: argparse.ArgumentParser, what: str = "") -> None:
+    """What `select_recordings` needs, and where the figures go; what: they are for, if --audio may
+    lack."""
+    folder = f"{what}folder of recordings or JSONL manifest"
+    parser.add_argument("--audio", required=not what, help=folder)
     parser.add_argument(
         "--split", choices=(*SPLITS, "all"), help="default: test, else valid, or all without splits"
     )

@@ -19,7 +19,7 @@ EXAMPLES = """\
   python -m scripts.evaluate pairs runs/semantic zerospeech/lexical/dev/gold.csv
   python -m scripts.evaluate generation --semantic runs/a --coarse runs/b --fine runs/c \\
       --audio DIR --limit 40 --wavs runs/heard --out runs/generation.json
-  python -m scripts.evaluate long runs/heard --audio DIR --plot runs/voice.svg
+  python -m scripts.evaluate long DIR_OF_LONG_CLIPS --audio DIR --plot runs/voice.svg
   python -m scripts.evaluate codec --codec pretrained/codec_16khz --audio DIR --limit 20
   python -m scripts.evaluate codec --codec pretrained/codec_16khz \\
       --audio ../shared/corpus/manifest.jsonl --split test --out runs/codec_test.json

@@ -68,7 +68,8 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
     if counts[0] < 1 or counts[-1] > codec.num_codebooks:
         raise ValueError(f"--num-codebooks: {parsed.codec} has 1 to {codec.num_codebooks}")
     recordings = select_recordings(parsed)
-    wanted = [f for f in PACKAGES if f in FIGURES or getattr(parsed, "asr" if f == "wer" else f)]
+    options = {"wer": parsed.asr, "picture": parsed.picture}
+    wanted = [figure for figure in PACKAGES if figure in FIGURES or options.get(figure)]
     notes = not_measured(wanted)
     for line in notes.values():
         print(line)

@@ -39,7 +39,7 @@ from scripts.run_log import environment
 from scripts.sample import check_collapsed, encode_prompt, load_models
 from scripts.sample_options import add_model_options, read_samplings
 from scripts.semantic_metrics import collapse
-from scripts.speech_metrics import SAMPLE_RATE, SpeakerSimilarity, not_measured
+from scripts.speech_metrics import SAMPLE_RATE, SpeakerSimilarity, mos, not_measured
 
 SETS = ("real", "reconstruction", "continued", "unprompted")
 COLUMNS = {
@@ -48,6 +48,7 @@ COLUMNS = {
     "silent": ("silent", ".1%"),
     "frechet": ("Frechet", ".2f"),
     "speaker_similarity": ("speaker", ".3f"),
+    "mos": ("DNSMOS", ".2f"),
     "unlike": ("unlike", ".3f"),
     "distinct": ("distinct", ".0%"),
     "copied": ("copied", ".1f"),
@@ -56,8 +57,9 @@ LEGEND = """\
 real: what follows the prompt in the recordings; reconstruction: that through the codec: the rulers.
 Frechet: distance to the prompts' distribution, of seconds as the tokenizer's features have them;
   real is the floor. It grows where clips are fewer.
-speaker: cosine to the prompt's voice. unlike: edit distance of semantic tokens, without repeats, to
-  the clip of the next length; distinct: clips that are the same tokens as no other.
+speaker: cosine to the prompt's voice; DNSMOS: what listeners are expected to say of it, 1 to 5.
+unlike: edit distance of semantic tokens, without repeats, to the clip of the next length;
+  distinct: clips that are the same tokens as no other.
 copied: the longest run of such tokens that the training set also has. More than real is copying.
 ±: half of the 95 % interval over clips."""
 
@@ -151,8 +153,8 @@ class Judge:
         reference = self.features(prompts)
         self.center, self.directions = metrics.main_directions(reference)
         self.reference = (reference - self.center) @ self.directions
-        self.notes = not_measured(["speaker_similarity"])
-        self.similarity = None if self.notes else SpeakerSimilarity()
+        self.notes = not_measured(["speaker_similarity", "mos"])
+        self.similarity = None if "speaker_similarity" in self.notes else SpeakerSimilarity()
 
     def features(self, wavs: list[Tensor]) -> np.ndarray:
         rate = self.embedder.sample_rate
@@ -177,6 +179,7 @@ class Judge:
             "copied": [float(self.copies.longest(clip)) for clip in tokens],
             "unlike": metrics.unlikeness(tokens),
             "speaker_similarity": self.voices(name, wavs),
+            "mos": [None if "mos" in self.notes else mos(wav[0].numpy()) for wav in wavs],
         }
         kinds = [clip.tobytes() for clip in tokens]
         row = {"set": name, "num_clips": len(wavs)}

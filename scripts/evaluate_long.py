@@ -1,6 +1,7 @@
 """Whether long clips stay what they began as: voice, level and silence, piece by piece."""
 
 import argparse
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ COLUMNS = {
     "silent": ("silent", ".1%"),
     "level_db": ("level, dB", ".1f"),
 }
+REAL = ("audio", "split", "match", "limit")  # options
+NOT_MADE = ("-original", "-reconstruction", "-real")  # what lies beside clips
 LEGEND = """\
-voice: cosine to the voice of the same clip's first piece; silent: share of frames below -50 dB.
+voice: cosine to that of the same clip's first piece, where both have one; silent: share of frames
+  below -50 dB.
 ±: half of the 95 % interval over clips."""
 
 
@@ -56,7 +60,8 @@ def piece_figures(wav: np.ndarray, seconds: float, voices: SpeakerSimilarity | N
     for n, piece in enumerate(pieces):
         figures = {"silent": silent_share(piece, SAMPLE_RATE), "level_db": level_db(piece)}
         # of the first with itself there is nothing to say
-        figures["voice"] = voices(piece, first) if voices and n else None
+        own = voices.embed(piece) if n and first is not None else None
+        figures["voice"] = None if own is None else float(own @ first)
         found.append(figures)
     return found
 
@@ -91,14 +96,20 @@ def rulers(recordings: list[Recording], seconds: float, voices: SpeakerSimilarit
 def evaluate_long(parsed: argparse.Namespace) -> None:
     """A table by piece, and JSON and a picture where asked for."""
     seconds = parsed.piece_seconds
-    if seconds < 1:
-        raise ValueError(f"--piece-seconds {seconds}: at least 1")
+    if not 1 <= seconds < math.inf:
+        raise ValueError(f"--piece-seconds {seconds}: a number, at least 1")
+    for option in REAL[1:]:
+        if getattr(parsed, option) and not parsed.audio:
+            raise ValueError(f"--{option} chooses among the real recordings: add --audio")
     if parsed.plot:
         check_picture(parsed.plot)
     check_out(parsed.out)
-    if not Path(parsed.clips).exists():
+    if not Path(parsed.clips).is_dir():
         raise ValueError(f"{parsed.clips}: no such folder of clips")
-    made = find_recordings(parsed.clips)
+    found = find_recordings(parsed.clips)
+    made = [recording for recording in found if not recording.path.stem.endswith(NOT_MADE)]
+    if len(made) < len(found):
+        print(f"{len(found) - len(made)} of {len(found)} files are not made: left out")
     real = select_recordings(parsed) if parsed.audio else []
     notes = not_measured(["speaker_similarity"])
     voices = None if notes else SpeakerSimilarity()
@@ -107,7 +118,7 @@ def evaluate_long(parsed: argparse.Namespace) -> None:
     if not any(clips.values()):
         raise ValueError(f"{parsed.clips}: every clip is shorter than half of {seconds:g} s")
     report = {
-        **{key: getattr(parsed, key) for key in ("clips", "audio", "piece_seconds", "split")},
+        **{key: getattr(parsed, key) for key in ("clips", "piece_seconds", *REAL)},
         "real": rulers(real, seconds, voices) if real and voices else {},
         "not_measured": notes,
         "versions": versions_of_packages(),
@@ -156,7 +167,7 @@ def draw(report: dict, path: Path) -> None:
 def add_long_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=evaluate_long)
     parser.add_argument("clips", metavar="FOLDER", help="of clips that were made")
-    add_selection_options(parser, required=False)
+    add_selection_options(parser, what="real voices to compare with: ")
     parser.add_argument(
         "--piece-seconds", type=float, default=10.0, metavar="S", help="of a row (10)"
     )

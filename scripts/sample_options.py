@@ -34,7 +34,9 @@ def sample_parser() -> ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=10.0, metavar="S", help="new audio at most (10)"
     )
-    parser.add_argument("--min-seconds", type=float, default=0.0, metavar="S", help="at least (0)")
+    parser.add_argument(
+        "--min-seconds", type=float, default=0.0, metavar="S", help="new audio at least (0)"
+    )
     parser.add_argument("--num", type=int, default=1, help="number of clips (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; then +1 each (0)")
     parser.add_argument(

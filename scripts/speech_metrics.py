@@ -33,6 +33,7 @@ PACKAGES = {  # figure -> its name, its modules, how to get them
         ("faster_whisper", "jiwer", "whisper_normalizer.english"),
         "faster-whisper==1.2.1 jiwer==4.0.0 whisper-normalizer==0.1.15",
     ),
+    "mos": ("DNSMOS", ("speechmos.dnsmos",), "speechmos==0.0.1.1"),
     "picture": ("picture", ("matplotlib",), "matplotlib==3.10.9"),
 }
 
@@ -53,6 +54,7 @@ def not_measured(figures: Iterable[str]) -> dict[str, str]:
 def versions_of_packages() -> dict[str, str]:
     """Those of the packages that figures come from, as far as they are installed."""
     names = ("pystoi", "pesq", "resemblyzer", "faster-whisper", "jiwer", "whisper-normalizer")
+    names += ("speechmos",)
     found = {}
     for name in names:
         with suppress(PackageNotFoundError):
@@ -73,6 +75,16 @@ def pesq_wb(estimate: np.ndarray, target: np.ndarray) -> float | None:
         return float(pesq.pesq(SAMPLE_RATE, target, estimate, "wb"))
     except pesq.PesqError:
         return None
+
+
+def mos(wav: np.ndarray) -> float | None:
+    """The overall opinion, 1 to 5, that DNSMOS P.835 (Reddy et al. 2022) expects of listeners to
+    wav [L] at 16 kHz. None: there is nothing to hear. Less than 9 s are heard several times."""
+    from speechmos import dnsmos
+
+    if not wav.any():
+        return None
+    return float(dnsmos.run(wav.clip(-1, 1), sr=SAMPLE_RATE)["ovrl_mos"])
 
 
 class SpeakerSimilarity:

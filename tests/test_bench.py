@@ -88,6 +88,7 @@ def test_train_times_the_step_beside_its_baselines(tmp_path, capsys, monkeypatch
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert [*rows] == [
         "as configured",
+        "not captured",
         "plain kernels",
         "plain kernels, padded",
         "plain kernels, einsum, one clip at a time",
@@ -307,6 +308,7 @@ def test_the_pages_show_what_the_files_say(monkeypatch):
     results = Path("docs/RESULTS.md").read_text()
     for page in bench_readme.PAGES:
         text = Path(page).read_text()
+        assert bench_readme.TABLE.search(text)
         assert bench_readme.with_tables(text) == text, "run scripts.bench readme"
     shown = {found[1] for found in bench_readme.TABLE.finditer(results) if not found[2]}
     assert shown == {str(path) for path in Path("benchmarks").glob("*.json")}
@@ -341,6 +343,10 @@ def test_a_table_stands_where_its_file_is_named(tmp_path, monkeypatch, capsys):
     assert "docs/RESULTS.md: 2 tables" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"x\.json: no row is named 'mine'"):
         bench_readme.with_tables(text.format(": ours; mine"))
+    both = text.format("") + text.format(": ours")
+    for lost in (both.replace("<!-- end -->", "", 1), both.replace("json -->", "json->", 1)):
+        with pytest.raises(ValueError, match="1 of 2 tables are whole"):
+            bench_readme.with_tables(lost)
 
 
 def test_curve_shows_what_runs_learned(tmp_path, capsys, tokens):
@@ -362,8 +368,18 @@ def test_curve_shows_what_runs_learned(tmp_path, capsys, tokens):
     assert shown[6] == f"{last[2]:.2f} ({row['bits'][-1]:.0f}) at 4"
     assert shown[3].endswith("at 1")
     assert "bits per second" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"no log\.jsonl in it"):
+    log = tmp_path / "coarse" / "log.jsonl"
+    lines = log.read_text().splitlines()
+    resumed = [*lines[:3], *lines, '{"kind": "val']  # killed, resumed from the start, killed
+    log.write_text("\n".join(resumed))
+    bench.main(["curve", str(tmp_path / "coarse"), "--out", str(tmp_path / "again.json")])
+    (again,) = json.loads((tmp_path / "again.json").read_text())["rows"]
+    assert [again["curve"], again["bits"]] == [row["curve"], row["bits"]]
+    with pytest.raises(ValueError, match="no such file; pass a run folder"):
         bench.main(["curve", str(tmp_path)])
+    log.write_text(lines[0] + "\n" + lines[-3])
+    with pytest.raises(ValueError, match="no validation yet"):
+        bench.main(["curve", str(tmp_path / "coarse")])
 
 
 def test_sample_times_every_stage_and_all_in_a_row(tmp_path, capsys):

@@ -22,10 +22,6 @@ class Tones:
         spectrum = np.abs(np.fft.rfft(wav, RATE))[[200, 300]]
         return spectrum / np.linalg.norm(spectrum)
 
-    def __call__(self, wav, first):
-        voice = self.embed(wav)
-        return None if first is None else 0.0 if voice is None else float(voice @ first)
-
 
 def tone(hertz: float, seconds: float, size: float = 0.1) -> np.ndarray:
     return (size * np.sin(2 * np.pi * hertz * np.arange(round(RATE * seconds)) / RATE)).astype("f4")
@@ -33,12 +29,13 @@ def tone(hertz: float, seconds: float, size: float = 0.1) -> np.ndarray:
 
 @pytest.fixture
 def found(tmp_path, monkeypatch, capsys):
-    """Two clips: one keeps its voice for 3.6 s, one changes it after 2 and ends after 2.4."""
+    """Two clips, and what lies beside them: one keeps its voice for 3.6 s, one changes it after 1
+    and ends after 2.4."""
     monkeypatch.setattr(evaluate_long, "not_measured", lambda figures: {})
     monkeypatch.setattr(evaluate_long, "SpeakerSimilarity", Tones)
     keeps = np.r_[tone(200, 1), tone(200, 1), np.zeros(RATE // 2, "f4"), tone(200, 1.1)]
     changes = np.r_[tone(200, 1), tone(300, 1), tone(300, 0.4)]
-    for name, wav in (("keeps", keeps), ("changes", changes)):
+    for name, wav in (("keeps", keeps), ("changes", changes), ("keeps-original", changes)):
         save_audio(tmp_path / "made" / f"{name}.wav", torch.from_numpy(wav)[None], RATE)
     lines = []
     for n, (speaker, hertz) in enumerate((("a", 200), ("a", 200), ("b", 300), (None, 300))):
@@ -68,6 +65,7 @@ def test_a_row_a_piece(found):
     )
     assert report["real"] == pytest.approx({"one speaker": 1, "two speakers": 0}, abs=1e-4)
     assert "1 to 2" in said
+    assert "1 of 3 files are not made: left out" in said
     assert "real recordings of two speakers: 0.000" in said
     if find_spec("matplotlib"):
         assert (folder / "o.svg").read_text().count("<path") > 5
@@ -79,8 +77,11 @@ def test_what_is_not_there_is_said(tmp_path):
     save_audio(tmp_path / "x.wav", torch.from_numpy(tone(200, 2))[None], RATE)
     with pytest.raises(ValueError, match="every clip is shorter than half of 10 s"):
         evaluate.main(["long", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"--piece-seconds 0\.0: at least 1"):
-        evaluate.main(["long", str(tmp_path), "--piece-seconds", "0"])
+    for wrong in ("0", "nan", "inf"):
+        with pytest.raises(ValueError, match=r"--piece-seconds .*: a number, at least 1"):
+            evaluate.main(["long", str(tmp_path), "--piece-seconds", wrong])
+    with pytest.raises(ValueError, match="--limit chooses among the real recordings: add --audio"):
+        evaluate.main(["long", str(tmp_path), "--limit", "1"])
 
 
 def test_silence_has_no_level():

@@ -104,9 +104,6 @@ def test_no_clip_ends_before_the_seconds_asked_for(stages, world, tmp_path):
     assert min(lengths) < 1.9 * RATE
     assert min(later) >= 2 * RATE - 2 * HOP  # the acoustic stages may leave out two frames
     assert max(later) <= 2.5 * RATE
-    for length, least in zip(lengths, later, strict=True):
-        if length >= 2 * RATE:
-            assert length == least  # what ends later anyway is the same
 
 
 def test_a_continuation_keeps_its_prompt(world, tmp_path):
