@@ -2,8 +2,6 @@
 
 import argparse
 import logging
-import shlex
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +14,7 @@ from configs.files import atomic_write, write_json
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.shards import EncodedClip, write_header, write_shard
+from scripts.cli import command_line
 from scripts.clips import align
 from scripts.run_log import environment
 
@@ -134,9 +133,8 @@ def report(
     where = environment(device)
     where |= {key: facts.pop(key) for key in where if key in facts}
     if parsed.out:
-        words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
-        command = f"python -m scripts.{shlex.join(words)}"
-        write_json(parsed.out, {"command": command, **where, **facts, "table": table, "rows": rows})
+        found = {"command": command_line(), **where, **facts, "table": table, "rows": rows}
+        write_json(parsed.out, found)
     if more:
         return
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())

@@ -4,9 +4,11 @@ import argparse
 import ctypes
 import difflib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -47,6 +49,11 @@ def make_parser(description: str, examples: str) -> Parser:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def command_line() -> str:
+    """What was typed, for whoever wants to do it again."""
+    return f"python -m scripts.{shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]])}"
 
 
 def find_device(name: str | None) -> torch.device:

@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+from configs.files import write_json
 from data.audio import SPLITS, Recording
 from data.segments import default_split, find_split, spread
+from scripts.cli import command_line
 
 
 def add_clip_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,12 @@ def select_recordings(parsed: argparse.Namespace, with_text: bool = False) -> li
     if with_text and not (recordings := [r for r in recordings if r.text]):
         raise ValueError(f"--asr needs texts to compare with, and no clip of {where} has one")
     return spread(recordings, parsed.limit or len(recordings))
+
+
+def write_figures(out: str | None, report: dict, table: list[list[str]]) -> None:
+    """Where asked for: the report, its printed table, and how to make it again, as JSON."""
+    if out:
+        write_json(out, {"command": command_line(), **report, "table": table})
 
 
 def format_cell(row: dict, key: str, form: str, with_interval: bool = True) -> str:

@@ -15,12 +15,17 @@ from torch.distributions import Categorical
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from configs.files import write_json
 from data.audio import Recording, load_audio, read_sound, resample
 from data.segments import spread
 from model.codec import Codec, load_codec
 from scripts.cli import find_device
-from scripts.clips import add_clip_options, align, format_cell, select_recordings
+from scripts.clips import (
+    add_clip_options,
+    align,
+    format_cell,
+    select_recordings,
+    write_figures,
+)
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.figures import draw_spectrograms
 from scripts.run_log import device_name, environment
@@ -92,12 +97,11 @@ def evaluate_codec(parsed: argparse.Namespace) -> None:
         "speed": codec_speed(codec, recordings, counts, device),
     }
     report["versions"] |= versions_of_packages()
-    print_codec_report(report)
+    table = print_codec_report(report)
     if "picture" in figures:
         draw_spectrograms(parsed.picture, reconstruction.pictures, SAMPLE_RATE)
-    if parsed.out:
-        details = [{key: clip[key] for key in clip if key != "codes"} for clip in clips]
-        write_json(parsed.out, report | {"clips": details})
+    details = [{key: clip[key] for key in clip if key != "codes"} for clip in clips]
+    write_figures(parsed.out, report | {"clips": details}, table)
 
 
 class Reconstruction:
@@ -229,7 +233,8 @@ def codec_speed(
     return speeds
 
 
-def print_codec_report(report: dict) -> None:
+def print_codec_report(report: dict) -> list[list[str]]:
+    """Returns the table."""
     codec, num_skipped = report["codec"], len(report["skipped"])
     split = f"split {report['split']}, {num_skipped} skipped"
     print(f"{codec['name']} ({codec['fingerprint']}), {split}")
@@ -251,6 +256,7 @@ def print_codec_report(report: dict) -> None:
         where = f"{speed['device']}, clip by clip, x real time"
         print(f"{where}: encode {encode:.1f}, decode {decode} (K = {' / '.join(map(str, rates))})")
     print(OF_OTHERS)
+    return table
 
 
 def add_codec_options(codec: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.files import write_json
 from data.audio import Recording, audio_seconds, read_audio, resample, save_audio
 from data.shards import TokenFolder
 from model.pipeline import (
@@ -31,6 +30,7 @@ from scripts.clips import (
     check_out,
     format_cell,
     select_recordings,
+    write_figures,
 )
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.evaluate_lm import read_tokens
@@ -234,12 +234,11 @@ def evaluate_generation(parsed: argparse.Namespace) -> None:
         "skipped": generator.skipped,
         "rows": rows,
     }
-    print_report(report)
-    if parsed.out:
-        write_json(parsed.out, report)
+    write_figures(parsed.out, report, print_report(report))
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict) -> list[list[str]]:
+    """Returns the table."""
     stages = ", ".join(report["checkpoints"].values())
     print(f"{stages}: split {report['split']}, {len(report['skipped'])} skipped")
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
@@ -248,6 +247,7 @@ def print_report(report: dict) -> None:
         table.append([row["set"], *cells])
     print(*align(table), sep="\n")
     print(LEGEND, *report["not_measured"].values(), sep="\n")
+    return table
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.files import write_json
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.baselines import Baseline, bits_per_second, token_rates
@@ -17,7 +16,7 @@ from model.checkpoint import find_checkpoint, load_stage
 from model.codec import ENCODEC_24KHZ, load_encodec_lm
 from scripts.bench_tools import check_picture, save_picture
 from scripts.cli import find_device
-from scripts.clips import align, check_out
+from scripts.clips import align, check_out, write_figures
 from scripts.lm_metrics import (
     by_position,
     calibration,
@@ -129,14 +128,13 @@ def evaluate_lm(parsed: argparse.Namespace) -> None:
     }
     curve = validations(run_folder(parsed.model))
     report["verdict"] = verdict(model["bits_per_second"], levels, rates, curve)
-    print_report(report)
-    if parsed.out:
-        write_json(parsed.out, report)
+    write_figures(parsed.out, report, print_report(report))
     if parsed.plot:
         draw(report, Path(parsed.plot))
 
 
-def print_report(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> list[list[str]]:
+    """Returns the table."""
     model, names = report["model"], report["codebooks"]
     print(
         f"{report['checkpoint']}: {report['stage']}, step {report['step']}; "
@@ -164,6 +162,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"\nchances are off by {calibrated['error']:.3f} ({abs(calibrated['over']):.3f} {sure}"
         f"confident)\n\n{report['verdict']}"
     )
+    return table
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

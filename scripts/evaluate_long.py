@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from configs.files import write_json
 from data.audio import Recording, find_recordings, read_audio, resample
 from scripts.bench_tools import check_picture, save_picture
-from scripts.clips import add_selection_options, align, check_out, format_cell, select_recordings
+from scripts.clips import (
+    add_selection_options,
+    align,
+    check_out,
+    format_cell,
+    select_recordings,
+    write_figures,
+)
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.generation_metrics import silent_share
+from scripts.run_log import environment
 from scripts.speech_metrics import (
     SAMPLE_RATE,
     SpeakerSimilarity,
@@ -117,22 +125,23 @@ def evaluate_long(parsed: argparse.Namespace) -> None:
     clips = {name: piece_figures(wav, seconds, voices) for name, wav in heard.items()}
     if not any(clips.values()):
         raise ValueError(f"{parsed.clips}: every clip is shorter than half of {seconds:g} s")
+    where = environment(torch.device("cpu"))
+    where["versions"] |= versions_of_packages()
     report = {
         **{key: getattr(parsed, key) for key in ("clips", "piece_seconds", *REAL)},
         "real": rulers(real, seconds, voices) if real and voices else {},
         "not_measured": notes,
-        "versions": versions_of_packages(),
+        **where,
         "by_clip": clips,
         "rows": table_rows([*clips.values()], seconds),
     }
-    print_report(report)
-    if parsed.out:
-        write_json(parsed.out, report)
+    write_figures(parsed.out, report, print_report(report))
     if parsed.plot:
         draw(report, Path(parsed.plot))
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict) -> list[list[str]]:
+    """Returns the table."""
     table = [["seconds", *(heading for heading, _ in COLUMNS.values())]]
     for row in report["rows"]:
         cells = (format_cell(row, key, form) for key, (_, form) in COLUMNS.items())
@@ -141,6 +150,7 @@ def print_report(report: dict) -> None:
     for name, voice in report["real"].items():
         print(f"real recordings of {name}: {'no such pair' if voice is None else f'{voice:.3f}'}")
     print(*report["not_measured"].values(), sep="\n", end="\n" if report["not_measured"] else "")
+    return table
 
 
 def draw(report: dict, path: Path) -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
-from configs.files import write_json
 from data.audio import load_audio
 from model.checkpoint import load_stage
 from model.semantic import SemanticTokenizer, load_semantic
 from model.stages import Stage
 from scripts.cli import find_device
-from scripts.clips import align, check_out
+from scripts.clips import align, check_out, write_figures
 from scripts.evaluate_lm import read_tokens
 from scripts.pairs import Listed, Pair, PairMaker, Sample, judge, read_pairs
 from scripts.run_log import environment
@@ -99,8 +98,7 @@ def evaluate_pairs(parsed: argparse.Namespace) -> None:
     print("\nchance: 50 %")
     if not parsed.pairs and "speaker" not in rows:
         print("speaker: no pairs, they take two speakers, and two clips of one")
-    if parsed.out:
-        write_json(parsed.out, report)
+    write_figures(parsed.out, report, table)
 
 
 def add_pairs_options(pairs: argparse.ArgumentParser) -> None:

@@ -12,9 +12,14 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from configs.files import write_json
 from scripts.cli import find_device
-from scripts.clips import add_clip_options, align, format_cell, select_recordings
+from scripts.clips import (
+    add_clip_options,
+    align,
+    format_cell,
+    select_recordings,
+    write_figures,
+)
 from scripts.codec_metrics import confidence_interval, mean
 from scripts.resynthesis import VERSIONS, Resynthesis, check_wavs
 from scripts.run_log import environment
@@ -135,12 +140,12 @@ def evaluate_resynthesis(parsed: argparse.Namespace) -> None:
         "seconds_per_second": made.seconds / (rows[-1]["minutes"] * 60),
     }
     report["versions"] |= versions_of_packages()
-    print_report(report)
-    if parsed.out:
-        write_json(parsed.out, report | {"clips": sorted(clips, key=lambda clip: clip["name"])})
+    details = sorted(clips, key=lambda clip: clip["name"])
+    write_figures(parsed.out, report | {"clips": details}, print_report(report))
 
 
-def print_report(report: dict) -> None:
+def print_report(report: dict) -> list[list[str]]:
+    """Returns the table."""
     stages = ", ".join(report["checkpoints"].values())
     print(f"{stages}: split {report['split']}, {len(report['skipped'])} skipped")
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
@@ -156,6 +161,7 @@ def print_report(report: dict) -> None:
             print(f"speaker, two originals of {title}: {voices[kind]:.3f} ({pairs} pairs)")
     speed, device = report["seconds_per_second"], report["device"]
     print(f"sampling took {speed:.2f} s per second of audio on {device}")
+    return table
 
 
 def add_resynthesis_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 semantic -> coarse -> fine -> codec.decode -> wav       (or semantic -> acoustic -> ...)
 """
 
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -36,7 +35,7 @@ from model.pipeline import (
 )
 from model.semantic import load_semantic
 from model.stages import STAGES, Stage
-from scripts.cli import find_device, run_cli
+from scripts.cli import command_line, find_device, run_cli
 from scripts.run_log import environment
 from scripts.sample_options import (
     check_request,
@@ -281,7 +280,7 @@ def sample(arguments: Namespace) -> list[Path]:
         wavs, complete = make_wavs(models, request, samplings, stream)
         record = describe(arguments, models, request, samplings) | {
             "complete": complete,
-            "command": shlex.join(["python", "-m", "scripts.sample", *sys.argv[1:]]),
+            "command": command_line(),
         }
         files = write_clips(arguments, models, prompt, wavs, record)
         for path, seconds in zip(files, record["seconds"], strict=True):
