@@ -363,8 +363,8 @@ def train(config: RunConfig, resume: bool = False) -> Training:
     if run.step >= config.train.steps:
         process.print(f"{run.out}: already finished, {run.step} steps")
         return run
-    if run.step:
-        process.print(f"{run.out}: resuming at step {run.step}")
+    if resume:
+        process.print(f"{run.out}: {f'at step {run.step}' if run.step else 'nothing to resume'}")
     loaders = run.loaders()
     first = start_line(run) if process.is_main_process else {}
     process.wait_for_everyone()  # all have seen that the folder is theirs to write
@@ -386,7 +386,7 @@ def train(config: RunConfig, resume: bool = False) -> Training:
 
 
 def main() -> None:
-    parser = make_parser(__doc__.split("\n")[0], EXAMPLES)
+    parser = make_parser(__doc__.split(" From")[0], EXAMPLES)
     parser.add_argument("--config", required=True, help="a YAML recipe from configs/")
     parser.add_argument("--resume", action="store_true", help="continue out=..., if it was begun")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.files import atomic_write
@@ -30,7 +30,7 @@ def load_config(
         try:
             merged = OmegaConf.merge(merged, read())
         except OmegaConfBaseException as error:
-            raise ValueError(f"{name}: {_first_lines(error)}") from None
+            raise ValueError(f"{name}: {_first_lines(error)}{_deeper(error, merged)}") from None
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # a required key that nobody set
@@ -95,6 +95,13 @@ def _parse_override(override: str) -> object:
     if not equals or not key.strip():
         raise ValueError(f"command line: {override!r} is not of the form section.key=value")
     return OmegaConf.from_dotlist([override])
+
+
+def _deeper(error: OmegaConfBaseException, merged: DictConfig) -> str:
+    """Where a key is that was looked for at the top level."""
+    known = flat(OmegaConf.to_container(merged))
+    found = [key for key in known if key.endswith(f".{getattr(error, 'full_key', None)}")]
+    return f"; or is it {' or '.join(found)}?" if found else ""
 
 
 def _first_lines(error: OmegaConfBaseException) -> str:

@@ -55,6 +55,8 @@ def find_recordings(audio: str | Path) -> list[Recording]:
             if path.suffix.lower() in AUDIO_SUFFIXES + FOREIGN_SUFFIXES and path.is_file()
             if not any(part.startswith(".") for part in name.parts)
         ]
+    elif audio.is_file() and audio.suffix.lower() in AUDIO_SUFFIXES + FOREIGN_SUFFIXES:
+        raise ValueError(f"{audio}: a recording; pass the folder it is in, or a JSONL manifest")
     elif audio.is_file():
         found = list(_read_manifest(audio))
     else:

@@ -166,6 +166,9 @@ class TokenFolder:
 def read_header(folder: str | Path) -> dict:
     """header.json of a token folder. ValueError: none there, not JSON, or of another version."""
     path = Path(folder) / HEADER_FILE
+    if not Path(folder).exists():
+        make = f"`python -m scripts.prepare --audio ... --out {folder}` makes one"
+        raise ValueError(f"{folder}: no such folder of tokens; {make}")
     if not path.is_file():
         raise ValueError(
             f"{folder}: no {HEADER_FILE}, so not a finished token folder; rerun "

@@ -11,7 +11,7 @@ from scripts.bench_readme import add_readme_options
 from scripts.bench_sample import add_sample_options
 from scripts.bench_scale import add_scale_options
 from scripts.bench_train import add_train_options
-from scripts.cli import make_parser, run_cli
+from scripts.cli import add_command, make_parser, run_cli
 
 EXAMPLES = """\
   python -m scripts.bench attend --out benchmarks/attend.json
@@ -33,17 +33,18 @@ EXAMPLES = """\
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("Measure speed and memory, beside a baseline in the same run.", EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_attend_options(commands.add_parser("attend", help="features of attention x backends"))
-    add_train_options(commands.add_parser("train", help="training steps of a recipe"))
-    add_data_options(commands.add_parser("data", help="the loader of a recipe"))
-    add_learn_options(commands.add_parser("learn", help="validation losses of variants, by seeds"))
-    add_scale_options(
-        commands.add_parser("scale", help="a recipe's steps on one and several processes")
-    )
-    add_sample_options(commands.add_parser("sample", help="steps of stages, all stages in a row"))
-    add_curve_options(commands.add_parser("curve", help="validation losses of runs"))
     pages = "benchmarks/*.json as tables of README.md and docs/RESULTS.md"
-    add_readme_options(commands.add_parser("readme", help=pages))
+    for name, about, add_options in (
+        ("attend", "features of attention x backends", add_attend_options),
+        ("train", "training steps of a recipe", add_train_options),
+        ("data", "the loader of a recipe", add_data_options),
+        ("learn", "validation losses of variants, by seeds", add_learn_options),
+        ("scale", "a recipe's steps on one and several processes", add_scale_options),
+        ("sample", "steps of stages, all stages in a row", add_sample_options),
+        ("curve", "validation losses of runs", add_curve_options),
+        ("readme", pages, add_readme_options),
+    ):
+        add_options(add_command(commands, EXAMPLES, name, about))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

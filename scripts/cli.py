@@ -4,12 +4,13 @@ import argparse
 import ctypes
 import difflib
 import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +40,8 @@ class Parser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(flag, flags, 1)
                 message = f"{flag}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
                 break
-        self.exit(2, f"error: {message} ({self.prog} --help shows examples)\n")
+        more = "shows examples" if self.epilog else "says what there is"
+        self.exit(2, f"error: {message} ({self.prog} --help {more})\n")
 
 
 def make_parser(description: str, examples: str) -> Parser:
@@ -48,6 +50,18 @@ def make_parser(description: str, examples: str) -> Parser:
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_command(commands: Any, examples: str, name: str, help: str) -> Parser:
+    """A command among others, with those examples of theirs that are its own."""
+    blocks = re.split(r"\n(?=  \S)", examples)
+    own = [block for block in blocks if re.search(rf"scripts\.\w+ {name}\b", block)]
+    epilog = "\n".join(["examples:", *own]) if own else None
+    raw = argparse.RawDescriptionHelpFormatter
+    about = f"{help[0].upper()}{help[1:]}."
+    return commands.add_parser(
+        name, help=help, description=about, epilog=epilog, formatter_class=raw
     )
 
 
@@ -87,6 +101,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
     Ctrl-C exits with 130. Set MINI_AUDIOLM_TRACE=1 to see the traceback instead.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see __init__.py
     try:
         main()
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 reconstructs clips, `semantic` compares tokenizers, `resynthesis` says semantic tokens anew. Each is
 in a file of its name."""
 
-from scripts.cli import make_parser, run_cli
+from scripts.cli import add_command, make_parser, run_cli
 from scripts.evaluate_codec import add_codec_options
 from scripts.evaluate_generation import add_generation_options
 from scripts.evaluate_lm import add_lm_options
@@ -37,22 +37,16 @@ EXAMPLES = """\
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("Measure a trained part on recordings.", EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    knows = "a language model beside uniform, unigram and bigram; by context; is it working?"
-    add_lm_options(commands.add_parser("lm", help=knows))
-    prefers = "which of two a language model finds likelier: order, context, speaker; sWUGGY etc."
-    add_pairs_options(commands.add_parser("pairs", help=prefers))
-    sets = "clips made, as sets beside real ones: Frechet distance, voice, diversity, copies"
-    add_generation_options(commands.add_parser("generation", help=sets))
-    lasts = "clips of minutes, piece by piece: voice, silence, level"
-    add_long_options(commands.add_parser("long", help=lasts))
-    reconstruction = (
-        "reconstruction by a codec: PESQ, STOI, SI-SDR, mel distance, speaker, WER, speed"
-    )
-    add_codec_options(commands.add_parser("codec", help=reconstruction))
-    tokens = "semantic tokenizers side by side: bits, speaker, robustness, takes of phrases"
-    add_semantic_options(commands.add_parser("semantic", help=tokens))
-    anew = "semantic tokens through acoustic stages to sound again: WER, speaker"
-    add_resynthesis_options(commands.add_parser("resynthesis", help=anew))
+    for name, about, add_options in (
+        ("lm", "a language model beside uniform, unigram, bigram; is it working?", add_lm_options),
+        ("pairs", "which of two a model finds likelier; sWUGGY and others", add_pairs_options),
+        ("generation", "clips made, as sets beside real ones", add_generation_options),
+        ("long", "clips of minutes, piece by piece: voice, silence, level", add_long_options),
+        ("codec", "reconstruction: PESQ, STOI, SI-SDR, speaker, WER, speed", add_codec_options),
+        ("semantic", "semantic tokenizers side by side", add_semantic_options),
+        ("resynthesis", "semantic tokens to sound again: WER, speaker", add_resynthesis_options),
+    ):
+        add_options(add_command(commands, EXAMPLES, name, about))
     parsed = parser.parse_args(arguments)
     parsed.run(parsed)
 

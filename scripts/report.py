@@ -267,7 +267,8 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, in the order to show")
     parser.add_argument("--samples", metavar="DIR", help="folder that scripts.sample wrote to")
-    parser.add_argument("--out", default="index.html", metavar="FILE", help="page to write")
+    page = "page to write (index.html)"
+    parser.add_argument("--out", default="index.html", metavar="FILE", help=page)
     args = parser.parse_args()
     runs = [read_run(folder) for folder in args.runs]
     page = render_page(runs, read_samples(args.samples) if args.samples else [])

@@ -130,13 +130,15 @@ def prompt_files(out: Path) -> list[Path]:
     return [out.with_stem(f"{out.stem}-{kind}") for kind in ("original", "reconstruction")]
 
 
-def per_stage(option: list[str] | None, default: dict, kind: type, flag: str) -> dict:
-    """`0.8` sets all stages, `coarse=0.7` one of them."""
+def per_stage(
+    option: list[str] | None, default: dict, kind: type, flag: str, given: list[str]
+) -> dict:
+    """`0.8` sets all stages, `coarse=0.7` one of those that are given."""
     values = dict(default)
     for item in option or []:
         name, equals, text = item.rpartition("=")
-        if equals and name not in values:
-            raise ValueError(f"{flag} {item}: the stages are {', '.join(values)}")
+        if equals and name not in given:
+            raise ValueError(f"{flag} {item}: the stages are {', '.join(given)}")
         try:
             value = kind(text)
         except ValueError:
@@ -149,8 +151,10 @@ def read_samplings(arguments: Namespace) -> dict[str, Sampling]:
     def same(value: float) -> dict:
         return dict.fromkeys(STAGES, value)
 
-    temperature = per_stage(arguments.temperature, DEFAULT_TEMPERATURES, float, "--temperature")
-    top_k = per_stage(arguments.top_k, same(0), int, "--top-k")
-    top_p = per_stage(arguments.top_p, same(1.0), float, "--top-p")
-    min_p = per_stage(arguments.min_p, same(0.0), float, "--min-p")
+    given = [name for name in STAGES if getattr(arguments, name)]
+    usual = DEFAULT_TEMPERATURES
+    temperature = per_stage(arguments.temperature, usual, float, "--temperature", given)
+    top_k = per_stage(arguments.top_k, same(0), int, "--top-k", given)
+    top_p = per_stage(arguments.top_p, same(1.0), float, "--top-p", given)
+    min_p = per_stage(arguments.min_p, same(0.0), float, "--min-p", given)
     return {n: Sampling(temperature[n], top_k[n], top_p[n], min_p[n]) for n in STAGES}

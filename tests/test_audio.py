@@ -155,3 +155,9 @@ def test_nothing_to_find_says_what_was_looked_for(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a text file"):
         find_recordings(tmp_path / "x.jsonl")
+
+
+def test_one_recording_is_no_manifest(tmp_path):
+    soundfile.write(tmp_path / "a.mp3", tone(), RATE, format="MP3")
+    with pytest.raises(ValueError, match=r"a\.mp3: a recording; pass the folder it is in"):
+        find_recordings(tmp_path / "a.mp3")

@@ -202,6 +202,14 @@ def test_examples_in_help_name_real_files_and_flags(module):
                 assert load_codec(str(ROOT / start_from)).config == config.model
 
 
+def test_a_key_is_found_where_it_is():
+    with pytest.raises(ValueError, match=r"steps=30: .*; or is it train\.steps\?"):
+        load_config(RunConfig, None, ["steps=30"])
+    with pytest.raises(ValueError, match="stps") as told:
+        load_config(RunConfig, None, ["optim.stps=30"])
+    assert "or is it" not in str(told.value)
+
+
 def test_examples_of_train_load():
     for command in EXAMPLES.splitlines():
         words = shlex.split(command)
