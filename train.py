@@ -364,7 +364,7 @@ def train(config: RunConfig, resume: bool = False) -> Training:
         process.print(f"{run.out}: already finished, {run.step} steps")
         return run
     if resume:
-        process.print(f"{run.out}: {f'at step {run.step}' if run.step else 'nothing to resume'}")
+        process.print(f"{run.out}: {'resuming' if run.step else 'begins'} at step {run.step}")
     loaders = run.loaders()
     first = start_line(run) if process.is_main_process else {}
     process.wait_for_everyone()  # all have seen that the folder is theirs to write

@@ -55,8 +55,8 @@ COLUMNS = {
 }
 LEGEND = """\
 real: what follows the prompt in the recordings; reconstruction: that through the codec: the rulers.
-Frechet: distance to the prompts' distribution, of seconds as the tokenizer's features have them;
-  real is the floor. It grows where clips are fewer.
+Frechet: distance to the distribution of prompts and real together, of seconds as the tokenizer's
+  features have them; real is half of that, and so the floor. It grows where clips are fewer.
 speaker: cosine to the prompt's voice; DNSMOS: what listeners are expected to say of it, 1 to 5.
 unlike: edit distance of semantic tokens, without repeats, to the clip of the next length;
   distinct: clips that are the same tokens as no other.
@@ -150,11 +150,14 @@ class Judge:
         self.tokenizer, self.copies = models.semantic, metrics.Copies(train)
         self.embedder = load_semantic(parsed.embedder, models.device) if parsed.embedder else None
         self.embedder, self.prompts = self.embedder or models.semantic, prompts
-        reference = self.features(prompts)
-        self.center, self.directions = metrics.main_directions(reference)
-        self.reference = (reference - self.center) @ self.directions
         self.notes = not_measured(["speaker_similarity", "mos"])
         self.similarity = None if "speaker_similarity" in self.notes else SpeakerSimilarity()
+
+    def refer_to(self, wavs: list[Tensor]) -> None:
+        """Real ones, whose distribution all sets are to be near."""
+        reference = self.features(wavs)
+        self.center, self.directions = metrics.main_directions(reference)
+        self.reference = (reference - self.center) @ self.directions
 
     def features(self, wavs: list[Tensor]) -> np.ndarray:
         rate = self.embedder.sample_rate
@@ -218,6 +221,7 @@ def evaluate_generation(parsed: argparse.Namespace) -> None:
     prompts = [cut(recording, 0, parsed.prompt_seconds) for recording, _ in found]
     judge = Judge(models, parsed, train, prompts)
     sets = make_sets(generator, found, parsed.batch_size)
+    judge.refer_to(prompts + sets["real"])  # beginnings, which are alike, and what follows them
     rows = [judge.row(name, wavs) for name, wavs in sets.items()]
     if parsed.wavs:
         for name, wavs in sets.items():
@@ -240,7 +244,9 @@ def evaluate_generation(parsed: argparse.Namespace) -> None:
 def print_report(report: dict) -> list[list[str]]:
     """Returns the table."""
     stages = ", ".join(report["checkpoints"].values())
-    print(f"{stages}: split {report['split']}, {len(report['skipped'])} skipped")
+    skipped = report["skipped"]
+    first = f" (the first: {skipped[0]['reason']})" if skipped else ""
+    print(f"{stages}: split {report['split']}, {len(skipped)} skipped{first}")
     table = [["", *(heading for heading, _ in COLUMNS.values())]]
     for row in report["rows"]:
         cells = (format_cell(row, key, form) for key, (_, form) in COLUMNS.items())

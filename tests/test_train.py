@@ -73,13 +73,16 @@ def test_golden_losses(tokens, tmp_path):
         assert found[stage] == pytest.approx(expected, abs=2e-5), stage
 
 
-def test_interrupted_equals_uninterrupted(tokens, tmp_path):
+def test_interrupted_equals_uninterrupted(tokens, tmp_path, capsys):
     """SIGTERM in the middle of a step, between two log lines; and once more."""
     train(config(tokens, tmp_path / "whole"))
     for at in (5, 9):
         train_until(at, config(tokens, tmp_path / "parts"), resume=True)
     train(config(tokens, tmp_path / "parts"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    said = capsys.readouterr().out
+    for words in ("begins at step 0", "resuming at step 5", "resuming at step 9"):
+        assert f"{tmp_path / 'parts'}: {words}\n" in said
 
 
 def test_crashed_equals_uninterrupted(tokens, tmp_path, monkeypatch):
