@@ -67,17 +67,15 @@ class Sizes:
 
     def fill(self, batch: Sequences) -> Sequences:
         """More places, which belong to no clip, and more targets, which count for nothing."""
-        N, places, longest = batch.positions.shape[1], self.longest.positions.shape[1], None
+        N, places = batch.positions.shape[1], self.longest.positions.shape[1]
         if batch.bounds is None:
             size, longest = places, places
             rooms = [self.num_clips * count for count in self.longest.counts]
         else:
             usual = self.num_clips * places * self.filled
             grain = ceil(usual / (NUM_SIZES * FAST_LENGTH)) * FAST_LENGTH
-            size, longest = (
-                ceil(N / grain) * grain,
-                max(places, grain),
-            )  # of clips, of what is added
+            size = ceil(N / grain) * grain
+            longest = max(places, grain)  # what is filled in is a segment as well
             # EOS has no frame, and a condition may lack the last of its tokens
             room = ceil(size / self.places_per_frame) + 2 * self.num_clips
             rooms = [room] * len(batch.counts)
@@ -119,7 +117,7 @@ class Backward:
         if self.replay is None:
             return self._pass(batch, share)
         self.batch, tensors = batch, batch.tensors()
-        if not batch.is_filled:  # of a size that may never come again
+        if not batch.is_filled:  # its size may never come again
             return self._captured((first,), share, **tensors)["nats"]
         shapes = tuple(tensor.shape for tensor in tensors.values())
         variant = (shapes, batch.longest, first)
