@@ -120,15 +120,14 @@ class Studio:
     def arguments(self, name: str, **wanted: Any) -> Namespace:
         """As scripts.sample would read them."""
         out, words = self.folder / name / "out.wav", []
-        for stage in STAGES:
-            if wanted.get(stage) not in (None, NONE):
-                words += [f"--{stage}", wanted[stage]]
+        given = [stage for stage in STAGES if wanted.get(stage) not in (None, NONE)]
+        for stage in given:
+            words += [f"--{stage}", wanted[stage]]
         if wanted.get("prompt"):
             words += ["--prompt", wanted["prompt"]]
-        temperatures = [
-            f"{s}={wanted['temperature'].get(s, v)}" for s, v in DEFAULT_TEMPERATURES.items()
-        ]
-        words += ["--temperature", *temperatures]
+        chosen = DEFAULT_TEMPERATURES | wanted["temperature"]
+        if given:
+            words += ["--temperature", *(f"{stage}={chosen[stage]}" for stage in given)]
         for option in ("seconds", "seed", "top_k", "top_p"):
             words += [f"--{option.replace('_', '-')}", str(wanted[option])]
         for option in ("device", "decoding", "precision", "attention"):

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from runs import assert_same_run, config
 from tokens import write_tokens
+from tqdm import tqdm
 
 from train import train
 
@@ -41,6 +43,8 @@ def in_a_child(settings: object, log: Path) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # tqdm's own is that of all processes, and a killed one does not give it back
+        tqdm.set_lock(threading.RLock())
         train(settings, resume=True)
         code = 0
     except SystemExit as stopped:

@@ -181,8 +181,10 @@ def test_tokens_without_timing_reach_no_further_than_one_context(
 
 
 def test_tokens_without_timing_have_no_least_seconds(collapsed, tmp_path):
+    words = ("--min-seconds", 0.5, "--out", tmp_path / "y.wav")
+    arguments = parse(collapsed, *words, stages=THREE)
     with pytest.raises(ValueError, match="--min-seconds needs to know when each token"):
-        module.sample(parse(collapsed, "--min-seconds", 0.5, "--out", tmp_path / "y.wav"))
+        module.sample(arguments)
 
 
 def test_runs_with_and_without_repeats_do_not_mix(rated, collapsed, tmp_path):
