@@ -56,7 +56,7 @@ COLUMNS = {
 LEGEND = """\
 real: what follows the prompt in the recordings; reconstruction: that through the codec: the rulers.
 Frechet: distance to the distribution of prompts and real together, of seconds as the tokenizer's
-  features have them; real is half of that, and so the floor. It grows where clips are fewer.
+  features have them; real is a part of that, and so the floor. It grows where clips are fewer.
 speaker: cosine to the prompt's voice; DNSMOS: what listeners are expected to say of it, 1 to 5.
 unlike: edit distance of semantic tokens, without repeats, to the clip of the next length;
   distinct: clips that are the same tokens as no other.

@@ -118,6 +118,8 @@ def evaluate_long(parsed: argparse.Namespace) -> None:
     made = [recording for recording in found if not recording.path.stem.endswith(NOT_MADE)]
     if len(made) < len(found):
         print(f"{len(found) - len(made)} of {len(found)} files are not made: left out")
+    if not made:
+        raise ValueError(f"{parsed.clips}: no clips that were made")
     real = select_recordings(parsed) if parsed.audio else []
     notes = not_measured(["speaker_similarity"])
     voices = None if notes else SpeakerSimilarity()
